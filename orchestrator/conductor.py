@@ -176,7 +176,7 @@ class Conductor:
         for group in self.pipeline.groups.values():
             stages[group.stage.value] = stages.get(group.stage.value, 0) + 1
         replicas = [
-            f"{r.name} v{r.version.incarnation}.{r.version.step} {'' if r.ready else 'not '}ready, {r.in_flight} running"
+            f"{r.name} v{r.version.incarnation}.{r.version.step} {'' if r.ready else 'not '}ready, {r.in_flight} busy"
             for r in self._dispatcher.membership.replicas.values()
         ]
         return f"prompts {stages}; replicas {replicas or 'none'}; next step {self.pipeline.next_step}"

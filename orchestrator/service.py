@@ -20,6 +20,7 @@ from orchestrator.grading import Grader
 from orchestrator.membership import Membership
 from orchestrator.replicas import ReplicaWatch
 from orchestrator.report import Reporter
+from protocol.address import AddressError
 from protocol.clients import TrainerClient, VerifierClient
 from protocol.config import RunConfig
 from protocol.errors import ProtocolError
@@ -33,7 +34,7 @@ from protocol.messages import (
     ReplicaWelcome,
 )
 from protocol.process import announce
-from protocol.server import AddressError, Call, Server
+from protocol.server import Call, Server
 
 log = logging.getLogger(__name__)
 

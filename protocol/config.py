@@ -33,7 +33,7 @@ class RunConfig(StrictConfig):
         1,
         ge=0,
         le=64,
-        description="Hard bound on lag: updates between a group's oldest refinement token and its gradient; 0: synchronous.",
+        description="Hard bound on lag: updates between a group's oldest token and its gradient; 0: synchronous.",
     )
 
     @property

@@ -72,7 +72,8 @@ def test_a_batch_waits_for_a_group_in_flight_that_it_would_expire_then_restarts_
     assert plan(pipeline, 6.0) == [WakeAt(16.0)], "step 1 is the last that the group of step 0 can go into"
     actions = plan(pipeline, 16.0)
     assert actions == [Restart((0, 0)), Dispatch(1, ((0, 3), (0, 4)))]
-    assert pipeline.groups[(0, 0)].stage is Stage.SELECTING
+    again = pipeline.groups[(0, 0)]
+    assert (again.stage, again.step) == (Stage.SELECTING, None), "its new refinements will have their own age"
 
 
 def test_on_stale_drop_frees_the_slot() -> None:

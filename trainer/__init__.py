@@ -1,0 +1,1 @@
+"""Trainer: takes batches of refinements, updates the policy with DeepSpeed, publishes every version of it."""

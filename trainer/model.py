@@ -1,0 +1,123 @@
+"""Loads the policy and wraps it into a module that turns packed tokens into log-probs of the refinement tokens."""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+
+import torch
+from peft import LoraConfig as PeftConfig
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ops.linear_logprob import linear_logprob
+from protocol.config import ModelConfig
+from trainer.attention import attention_arguments, register_attention
+from trainer.config import LoraConfig
+from trainer.packing import Microbatch
+
+
+class ModelError(RuntimeError):
+    """The model cannot be loaded or trained; the message says why in one line."""
+
+
+class Scorer(nn.Module):
+    """Log-prob and entropy of refinement tokens under a causal language model, temperature-scaled per token.
+
+    lm: the model, or the model in its adapters; causal: the transformers model itself.
+    The head is called as a module, so that ZeRO-3's hooks gather its weight; only its forward is replaced.
+    """
+
+    causal: PreTrainedModel
+    _head: nn.Module
+    _backbone: nn.Module
+
+    def __init__(self, lm: nn.Module) -> None:
+        super().__init__()
+        self.lm = lm
+        causal = _causal_lm(lm)
+        head = _head(causal)
+        head.forward = types.MethodType(_head_logprob, head)
+        self.__dict__.update(causal=causal, _head=head, _backbone=causal.get_decoder())  # registered below `lm` already
+
+    def forward(self, micro: Microbatch) -> tuple[Tensor, Tensor]:
+        """(log-prob [O] float32 with gradient, entropy [O] float32)."""
+        hidden = self._backbone(
+            input_ids=micro.ids_1T,
+            position_ids=micro.position_1T,
+            attention_mask=None,
+            use_cache=False,
+            **attention_arguments(micro),
+        ).last_hidden_state
+        return self._head(hidden[0, micro.row_O], micro.target_O, micro.temperature_O)
+
+
+def _head_logprob(head: nn.Linear, hidden: Tensor, target: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    return linear_logprob(hidden, head.weight, target, temperature, bias_V=head.bias)
+
+
+def _causal_lm(lm: nn.Module) -> PreTrainedModel:
+    inner = lm.get_base_model() if isinstance(lm, PeftModel) else lm
+    assert isinstance(inner, PreTrainedModel)
+    return inner
+
+
+def _head(causal: PreTrainedModel) -> nn.Linear:
+    head = causal.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ModelError(f"model.path: the output head of {type(causal).__name__} is not a linear layer")
+    return head
+
+
+def load_policy(
+    model: ModelConfig, *, lora: LoraConfig | None, activation_checkpointing: bool, device: torch.device
+) -> Scorer:
+    """The model to train, on the CPU, in its configured dtype. Raises ModelError."""
+    lm: nn.Module = load_model(model, device)
+    if activation_checkpointing:
+        _causal_lm(lm).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if lora is not None:
+        lm = _with_adapters(_causal_lm(lm), lora)
+    lm.train()
+    return Scorer(lm)
+
+
+def load_reference(model: ModelConfig, path: str, device: torch.device) -> Scorer:
+    """A frozen model for the KL penalty."""
+    lm = load_model(model if path == "initial" else model.model_copy(update={"path": path}), device)
+    lm.requires_grad_(False)
+    return Scorer(lm.eval())
+
+
+def load_model(model: ModelConfig, device: torch.device) -> PreTrainedModel:
+    """AutoModelForCausalLM with packed attention. Raises ModelError, naming the place, if it is missing or unfit."""
+    local = Path(model.path)
+    if local.is_absolute() or local.exists():
+        if not (local / "config.json").is_file():
+            raise ModelError(f"model.path: {local} is no model folder (it has no config.json)")
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(
+            model.path,
+            dtype=getattr(torch, model.dtype),
+            attn_implementation=register_attention(device),
+            trust_remote_code=model.trust_remote_code,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"model.path: {model.path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(lm.config, name, None) not in (None, 1, 1.0):
+            raise ModelError(f"model.path: {model.path} changes its logits by `{name}`, which the trainer does not do")
+    return lm
+
+
+def _with_adapters(lm: PreTrainedModel, config: LoraConfig) -> nn.Module:
+    head = next(name for name, module in lm.named_modules() if module is _head(lm))
+    targets = config.target_modules
+    if not isinstance(targets, str) and head.rsplit(".", 1)[-1] in targets:
+        raise ModelError(f"lora.target_modules: the output head {head} cannot have an adapter")
+    try:
+        adapters = PeftConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets, task_type="CAUSAL_LM")
+        return get_peft_model(lm, adapters)
+    except ValueError as error:
+        raise ModelError(f"lora.target_modules: {str(error).splitlines()[0]}") from error
