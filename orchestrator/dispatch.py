@@ -163,14 +163,13 @@ class Dispatcher:
         client = self.clients.get(replica.name)
         if client is None:
             raise UnavailableError(f"{replica.name} has left")
-        call = (
-            client.refine
-            if isinstance(request, RefineRequest)
-            else client.generate
-            if isinstance(request, GenerateRequest)
-            else client.draft
-        )
-        async with contextlib.aclosing(call(request, timeout_s=timeout_s)) as replies:
+        if isinstance(request, RefineRequest):
+            stream = client.refine(request, timeout_s=timeout_s)
+        elif isinstance(request, GenerateRequest):
+            stream = client.generate(request, timeout_s=timeout_s)
+        else:
+            stream = client.draft(request, timeout_s=timeout_s)
+        async with contextlib.aclosing(stream) as replies:
             async for reply in replies:
                 if isinstance(reply, GenerationDone):
                     return reply

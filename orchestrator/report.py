@@ -115,7 +115,7 @@ class Reporter:
             f"refine {number('refine_accuracy', '.3f')}  plain {number('plain_accuracy', '.3f')}  "
             f"active {number('active_groups', '.2f')}  lag {number('lag_mean', '.2f')}  "
             f"{number('tokens_per_second', '.0f')} tok/s  {number('step_seconds', '.1f')} s "
-            f"(wait {number('wait_seconds', '.1f')}, train {number('train_seconds', '.1f')})"
+            f"(trainer waits {number('seconds_wait', '.1f')}, works {number('seconds_step', '.1f')})"
         )
 
     def summary(self, content: Mapping[str, Any]) -> Path:

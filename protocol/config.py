@@ -18,19 +18,21 @@ class RunConfig(StrictConfig):
     """Identity of a run. Shared by all services."""
 
     name: str = Field(
-        "run",
+        default="run",
         min_length=1,
         max_length=128,
         pattern=r"^[A-Za-z0-9._-]+$",
         description="Name of the run; its folder is `dir`/`name`.",
     )
-    dir: Path = Field(Path("runs"), description="Folder in which run folders are made.")
-    seed: int = Field(0, ge=0, lt=2**31, description="Seed of data order, selection, initialisation and plots.")
+    dir: Path = Field(default=Path("runs"), description="Folder in which run folders are made.")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of data order, selection, initialisation and plots.")
     steps: int = Field(
-        100, ge=1, description="Policy updates (batches) of the whole run; the learning-rate schedule spans them."
+        default=100,
+        ge=1,
+        description="Policy updates (batches) of the whole run; the learning-rate schedule spans them.",
     )
     max_staleness: int = Field(
-        1,
+        default=1,
         ge=0,
         le=64,
         description="Hard bound on lag: updates between a group's oldest token and its gradient; 0: synchronous.",
@@ -47,19 +49,20 @@ class ModelConfig(StrictConfig):
 
     path: str = Field(description="Folder or Hugging Face hub name of the model and its tokenizer.")
     dtype: Literal["float32", "bfloat16"] = Field(
-        "bfloat16", description="Type of the weights that are served and of the trainer's forward pass."
+        default="bfloat16", description="Type of the weights that are served and of the trainer's forward pass."
     )
-    trust_remote_code: bool = Field(False, description="Let transformers run code that comes with the model.")
+    trust_remote_code: bool = Field(default=False, description="Let transformers run code that comes with the model.")
 
 
 class EndpointConfig(StrictConfig):
     """Where a service listens. Each service's configuration inherits from this."""
 
     address: str = Field(
-        "auto",
+        default="auto",
         description="ZeroMQ address to listen on: `tcp://host:port`, `ipc:///path`, or `auto` (ipc).",
     )
-    http_address: str = Field("", description="`host:port` for /healthz, /readyz and /metrics; empty: no HTTP.")
+    http_address: str = Field(default="", description="`host:port` for /healthz, /readyz and /metrics; empty: no HTTP.")
     insecure: bool = Field(
-        False, description="Allow a plain tcp:// address that is not loopback (no encryption, no authentication)."
+        default=False,
+        description="Allow a plain tcp:// address that is not loopback (no encryption, no authentication).",
     )
