@@ -15,7 +15,6 @@ import itertools
 import secrets
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import zmq
@@ -50,13 +49,11 @@ from protocol.errors import (
 )
 from protocol.messages import Body
 from protocol.pending import Pending
+from protocol.window import Change, Window
 
 R = TypeVar("R", bound=Body)
 I = TypeVar("I", bound=Body)  # noqa: E741
 D = TypeVar("D", bound=Body)
-
-FIRST_CREDIT = 64
-"""Requests a client may send before it has heard how many it may."""
 
 QUEUE_REPLIES = 1024
 """Replies of one request that wait for their reader; more are asked for again when it has caught up."""
@@ -70,6 +67,8 @@ CLOSE_LINGER_MS = 200
 RETRY_AFTER_MS = 100
 """When to try again after an `overloaded` that does not say."""
 
+MAX_ID = 256
+
 ACK_DELAY_S = 0.05
 """Acknowledgements are gathered so long."""
 
@@ -78,20 +77,8 @@ REPLY_KINDS = frozenset(("reply", "done", "error"))
 PROBE_IDS = 4096
 """Open ids in one `session` message."""
 
-MAX_PROBES = 64
-"""Probes whose answers are remembered to be due."""
-
 PROBE_PATIENCE = 5
 """While a probe is not answered, the next one waits for so many times `resend_s`."""
-
-
-@dataclass(slots=True)
-class _Probe:
-    """A `session` message on its way: requests sent in this session before it, its place among all, and when."""
-
-    sent: int
-    order: int
-    at: float
 
 
 class Client:
@@ -129,12 +116,7 @@ class Client:
         self._acks: dict[str, int] = {}
         self._ack_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
-        self._session = ""
-        self._credit: int | None = FIRST_CREDIT
-        self._sent = 0
-        self._order = 0  # messages sent that are requests or probes; tells which was first
-        self._probes: OrderedDict[str, _Probe] = OrderedDict()  # not answered
-        self._simple = False  # a server that has answered and knows no sessions
+        self._window = Window()
         self._dealer: Dealer | None = None
         self._closed = False
         self.duplicates = 0  # replies dropped because they were known
@@ -147,13 +129,20 @@ class Client:
         await self.close()
 
     async def request(
-        self, kind: str, body: Body, reply_type: type[R], *, timeout_s: float, request_id: str | None = None
+        self,
+        kind: str,
+        body: Body,
+        reply_type: type[R],
+        *,
+        timeout_s: float,
+        request_id: str | None = None,
+        trace: str = "",
     ) -> R:
         """Send one request and return its last reply; earlier replies are passed over.
 
         request_id names one attempt: repeat it only to attach to the same work. Raises ProtocolError, in time.
         """
-        pending = self._open(kind, body, timeout_s, request_id)
+        pending = self._open(kind, body, timeout_s, request_id, trace)
         try:
             while True:
                 header, frames = await self._next(pending)
@@ -173,12 +162,13 @@ class Client:
         *,
         timeout_s: float,
         request_id: str | None = None,
+        trace: str = "",
     ) -> AsyncGenerator[I | D, None]:
         """Send one request and yield its replies; the one yielded last is the `done` body.
 
         Closing the generator early cancels the request at the server. Raises ProtocolError, in time.
         """
-        pending = self._open(kind, body, timeout_s, request_id)
+        pending = self._open(kind, body, timeout_s, request_id, trace)
         try:
             while True:
                 header, frames = await self._next(pending)
@@ -210,7 +200,7 @@ class Client:
 
     # -- one request ---------------------------------------------------------------------------------------------
 
-    def _open(self, kind: str, body: Body, timeout_s: float, request_id: str | None) -> Pending:
+    def _open(self, kind: str, body: Body, timeout_s: float, request_id: str | None, trace: str) -> Pending:
         if self._closed:
             raise UnavailableError(f"the client of {self.address} is closed")
         if timeout_s <= 0:
@@ -223,8 +213,11 @@ class Client:
             raise OverloadedError(f"{MAX_PENDING} requests to {self.address} are open already")
         if request_id in self._pending:
             raise InvalidError(f"request {request_id} is already running on this client")
+        if len(request_id) > MAX_ID or len(trace) > MAX_ID:
+            raise InvalidError(f"request ids and traces have at most {MAX_ID} characters")
         now = self._loop.time()
         pending = Pending(request_id, kind, encode(body), now + timeout_s)
+        pending.origin = self.origin | {"trace": trace} if trace else self.origin
         pending.timer = self._loop.call_at(pending.deadline, self._expire, pending)
         self._pending[request_id] = pending
         self._enqueue(pending)
@@ -250,6 +243,8 @@ class Client:
                     timer.cancel()
             if pending.sent and not pending.final and not self._closed and pending.kind not in STATELESS_KINDS:
                 self._send_cancel(pending)
+            if self._window.simple and self._queue:
+                self._flush_queue()
 
     def _expire(self, pending: Pending) -> None:
         self._control.pop(pending.id, None)
@@ -267,7 +262,8 @@ class Client:
         """Send what waits, in order, as far as credit and the connection allow."""
         for queue in (self._control, self._queue):
             while queue:
-                if queue is self._queue and self._credit is not None and self._sent >= self._credit:
+                in_flight = len(self._pending) - len(self._queue) - len(self._control)
+                if queue is self._queue and not self._window.allows(in_flight):
                     return
                 if not self._send_request(next(iter(queue.values()))):
                     return
@@ -282,16 +278,13 @@ class Client:
             pending.payload.packed,
             timeout_ms=remaining_ms,
             ack=pending.expected,
-            origin=self.origin,
+            origin=pending.origin,
         )
         if self._dealer is None or not self._dealer.send([head, *pending.payload.frames]):
             return False
-        self._order += 1
-        pending.order = self._order
+        pending.order = self._window.note_request(pending.kind not in STATELESS_KINDS)
         pending.sent = True
         pending.progress_at = now
-        if pending.kind not in STATELESS_KINDS:
-            self._sent += 1
         return True
 
     def _send_control(self, kind: str, request_id: str, body: Body | None) -> bool:
@@ -303,7 +296,7 @@ class Client:
         self._send_control("cancel", pending.id, None)
 
     def _acknowledge(self, pending: Pending) -> None:
-        if not self._simple and pending.kind not in STATELESS_KINDS:
+        if not self._window.simple and pending.kind not in STATELESS_KINDS:
             self._acks[pending.id] = pending.expected
             if self._ack_timer is None:
                 self._ack_timer = self._loop.call_later(ACK_DELAY_S, self._flush_acks)
@@ -325,8 +318,7 @@ class Client:
         since = now - self._resend_s
         stalled = [p for p in self._pending.values() if p.sent and not p.final and p.progress_at <= since]
         patience = now - PROBE_PATIENCE * self._resend_s
-        asked = any(probe.at > patience for probe in self._probes.values())
-        if (stalled or self._queue) and not self._simple and not asked:
+        if (stalled or self._queue) and not self._window.simple and not self._window.asked_since(patience):
             self._send_probe(stalled)
         self._stall_timer = self._loop.call_later(self._resend_s / 2, self._look_for_stalls)
 
@@ -339,10 +331,7 @@ class Client:
             probe_id = f"{self._identity}.s{next(self._numbers)}"
             if not self._send_control("session", probe_id, SessionRequest({p.id: p.expected for p in some})):
                 return
-            self._order += 1
-            self._probes[probe_id] = _Probe(self._sent, self._order, now)
-            if len(self._probes) > MAX_PROBES:
-                self._probes.popitem(last=False)
+            self._window.note_probe(probe_id, now)
             for pending in some:
                 pending.progress_at = now
 
@@ -352,11 +341,11 @@ class Client:
     def _on_connected(self, again: bool) -> None:
         """A connection stands. If not for the first time, whatever was on its way may be lost."""
         if again:
-            self._probes.clear()
-            if not self._session:
+            self._window.forget_probes()
+            if not self._window.session:
                 for pending in self._open_requests():
                     self._enqueue(pending)
-            if not self._simple:
+            if not self._window.simple:
                 self._send_probe(self._open_requests())
         self._flush_queue()
 
@@ -377,58 +366,29 @@ class Client:
                 pending.fail(error)
             return
         try:
-            self._track_session(header)
-            if header.id in self._probes:
+            change = self._window.hear(header)
+            if change is Change.RESTARTED:
+                self._send_probe(self._open_requests())
+            if self._window.is_probe(header.id):
                 self._on_session(header)
             else:
                 self._on_reply(header, parts)
+            if change is not Change.NOTHING:
+                self._flush_queue()
         except ProtocolError:
             self.malformed += 1
 
-    def _track_session(self, header: ReplyHeader) -> None:
-        if header.session:
-            if header.session != self._session:
-                self._enter_session(header)
-            elif header.credit is not None and (self._credit is None or header.credit > self._credit):
-                self._credit = header.credit
-                self._flush_queue()
-        elif not self._session and not (header.error and header.error.code == ErrorCode.OVERLOADED):
-            self._simple = True
-            self._credit = None
-            self._flush_queue()
-
-    def _enter_session(self, header: ReplyHeader) -> None:
-        """The server counts from 0, for the first time or again. It has got what was sent since the oldest probe."""
-        restarted, self._session = bool(self._session), header.session
-        self._simple = False
-        self._credit = header.credit
-        if restarted:
-            first = next(iter(self._probes.values()), None)
-            base = self._sent if first is None else first.sent
-            self._sent -= base
-            for probe in self._probes.values():
-                probe.sent -= base
-            if first is None:
-                self._send_probe(self._open_requests())
-        self._flush_queue()
-
     def _on_session(self, header: ReplyHeader) -> None:
-        """The answer of a probe: count anew what the server has received, and send again what it does not know."""
-        probe = self._probes[header.id]
-        while self._probes and self._probes.popitem(last=False)[1] is not probe:
-            continue
+        """The answer of a probe: send again what the server does not know."""
+        knew_sessions = bool(self._window.session)
         if header.kind == "done":
             reply = decode(header.body, SessionReply)
-            self._sent += reply.accepted - probe.sent
-            for later in self._probes.values():
-                later.sent += reply.accepted - probe.sent
-            self._credit = header.credit
+            probe = self._window.answered(header, reply.accepted)
             unknown = [p for p in map(self._pending.get, reply.unknown) if p is not None]
-        elif self._session and not header.session:  # a simple server took the place of one that knew sessions
-            self._session, self._simple, self._credit = "", True, None
-            unknown = self._open_requests()
         else:
-            unknown = []
+            probe = self._window.answered(header, None)
+            replaced = knew_sessions and not self._window.session  # by a simple server
+            unknown = self._open_requests() if replaced else []
         for pending in unknown:
             if pending.sent and not pending.final and pending.order < probe.order:
                 pending.expected = 0
@@ -483,6 +443,6 @@ class Client:
             return False
         pending.sent = False
         pending.retry = self._loop.call_later(after_s, self._enqueue, pending)
-        if not self._probes and not self._simple:
+        if not self._window.asked_since(0.0) and not self._window.simple:
             self._send_probe([])
         return True

@@ -89,7 +89,7 @@ class ServerLimits:
     max_message_bytes: int = 64 << 20  # soft: beyond it a message is answered with `invalid`
     max_header_bytes: int = 16 << 20  # soft, too: of the header frame
     hard_frame_bytes: int = 256 << 20  # ZeroMQ drops the connection that sends a larger frame
-    max_frames: int = 4096  # after the header
+    max_frames: int = 65536  # after the header
     window: int = 1024  # unfinished requests per session that need credit
     max_concurrent: int = 512  # running handlers of routes that are not control
     max_queued: int = 4096  # requests waiting for a place
@@ -97,6 +97,7 @@ class ServerLimits:
     max_sessions: int = 4096
     replay_bytes: int = 256 << 20  # unacknowledged replies of all requests together
     replay_s: float = 60.0  # finished requests are kept so long for resends
+    ack_grace_s: float = 0.5  # how long `close` waits for the last replies to be acknowledged
     max_finished: int = 16384
     max_tombstones: int = 16384
     peer_queue: int = 4096  # messages ZeroMQ queues per peer and direction

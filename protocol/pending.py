@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from protocol.codec import Buffer, Payload, ReplyHeader
 from protocol.errors import ProtocolError
@@ -14,8 +14,8 @@ class Pending:
     """One request until its last reply has been read or it was given up."""
 
     __slots__ = (
-        "deadline", "error", "expected", "final", "gap_at", "id", "items", "kind", "order", "overflowed", "payload",
-        "progress_at", "retry", "sent", "timer", "waiter",
+        "deadline", "error", "expected", "final", "gap_at", "id", "items", "kind", "order", "origin", "overflowed",
+        "payload", "progress_at", "retry", "sent", "timer", "waiter",
     )  # fmt: skip
 
     def __init__(self, request_id: str, kind: str, payload: Payload, deadline: float) -> None:
@@ -23,6 +23,7 @@ class Pending:
         self.kind = kind
         self.payload = payload
         self.deadline = deadline
+        self.origin: Mapping[str, object] = {}
         self.expected = 0  # replies taken in
         self.items: deque[tuple[ReplyHeader, Sequence[Buffer]]] = deque()
         self.waiter: asyncio.Future[None] | None = None

@@ -97,6 +97,7 @@ class Server:
         self._running_control = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
+        self._acknowledged = asyncio.Event()
         self._draining = False
         self._outbox: Outbox | None = None
         self._housekeeper: asyncio.TimerHandle | None = None
@@ -136,7 +137,10 @@ class Server:
         return self.address
 
     async def close(self, drain_s: float = 0.0) -> None:
-        """Refuse new work, let running work end within `drain_s`, stop the rest with `unavailable`, and let go."""
+        """Refuse new work, let running work end within `drain_s`, stop the rest with `unavailable`, and let go.
+
+        Waits `ack_grace_s` at most until the last replies are acknowledged: they would not survive the process.
+        """
         self._draining = True
         if self._outbox is None:
             self._unregister()
@@ -151,6 +155,11 @@ class Server:
                 self._stop(request, UnavailableError(f"{self.name} is closing"))
         if self._tasks:
             await asyncio.wait(set(self._tasks), timeout=2.0)
+        if self._calls.finished and self.limits.ack_grace_s > 0:
+            self._acknowledged.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.limits.ack_grace_s):
+                    await self._acknowledged.wait()
         if self._housekeeper:
             self._housekeeper.cancel()
         await self._outbox.close(CLOSE_LINGER_MS)
@@ -223,6 +232,8 @@ class Server:
         if header.kind == "ack":
             for request_id, count in self._body(header, AckRequest).acks.items():
                 self._calls.acknowledge(request_id, count)
+            if self._draining and not self._calls.finished:
+                self._acknowledged.set()
         elif header.kind == "cancel":
             self._cancel(identity, header)
         elif header.kind == "session":

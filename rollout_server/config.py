@@ -68,7 +68,7 @@ class RolloutServerConfig(EndpointConfig):
     start_timeout_s: float = Field(900.0, gt=0, description="Seconds the engine may take to start.")
     update_timeout_s: float = Field(120.0, gt=0, description="Seconds a switch of weights may take; then a restart.")
     drain_timeout_s: float = Field(120.0, gt=0, description="Seconds running samples get under policy `drain`.")
-    stop_timeout_s: float = Field(5.0, ge=0, description="Seconds running requests get when the server is stopped.")
+    stop_timeout_s: float = Field(2.0, ge=0, description="Seconds running requests get when the server is stopped.")
     max_restarts: int = Field(5, ge=0, description="Engine restarts in a row before the server gives up.")
     restart_backoff_s: float = Field(1.0, gt=0, description="Wait before the first restart; doubles up to 30 s.")
     heartbeat_s: float = Field(5.0, gt=0, description="Seconds between two `hello` to the orchestrator.")

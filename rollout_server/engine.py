@@ -85,7 +85,7 @@ class EngineProcess:
             env.setdefault("HF_HUB_OFFLINE", "1")
         with theirs:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "rollout_server.engine_child", str(theirs.fileno()),
+                sys.executable, "-m", "rollout_server.engine_child", str(theirs.fileno()), str(os.getpid()),
                 pass_fds=[theirs.fileno()],
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
@@ -120,7 +120,7 @@ class EngineProcess:
         reply = await self._call(rid, frame | {"sampling": sampling})
         if reply["op"] == "failed":
             raise error_of(reply["code"], reply["detail"])
-        return _sample_of(reply)
+        return sample_of(reply)
 
     async def update(self, path: str, version: Version, timeout_s: float) -> float:
         """Switch to the safetensors in folder `path`; returns the seconds generation stood still.
@@ -215,7 +215,8 @@ def _version_of(name: str) -> Version:
     return Version(int(incarnation), int(step))
 
 
-def _sample_of(reply: dict[str, Any]) -> EngineSample:
+def sample_of(reply: dict[str, Any]) -> EngineSample:
+    """A `sample` frame, checked: InternalError for log-probs that are not finite or spans that leave tokens out."""
     ids = np.frombuffer(reply["output_ids"], np.int32)
     logprobs = np.frombuffer(reply["logprobs"], np.float32)
     spans: list[VersionSpan] = []

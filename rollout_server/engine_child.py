@@ -1,4 +1,4 @@
-"""Process that hosts sglang.Engine for one rollout server: `python -m rollout_server.engine_child FD`.
+"""Process that hosts sglang.Engine for one rollout server: `python -m rollout_server.engine_child FD PARENT_PID`.
 
 It talks frames (link.py) with its server, dies with it (PDEATHSIG, and EOF on the link), and takes SGLang's own
 processes along. Everything SGLang needs to be told about CPU and GPU is here (STACK.md section 2).
@@ -35,8 +35,6 @@ SETTINGS_DEADLINE_S = 30.0
 RESERVED_TOKENS = 8
 """SGLang keeps up to 7 tokens of its context length (and KV cache) to itself and shortens completions silently."""
 
-PRELOADED = ("sglang.srt.managers.scheduler", "sglang.srt.managers.detokenizer_manager")
-
 CPU_ARGS: dict[str, Any] = {
     "device": "cpu",
     "attention_backend": "torch_native",
@@ -72,7 +70,7 @@ def fork_from_one_import() -> None:
     GPU, whose driver does not survive a fork.
     """
     multiprocessing.set_start_method("forkserver", force=True)
-    multiprocessing.set_forkserver_preload(list(PRELOADED))
+    multiprocessing.set_forkserver_preload(["rollout_server.preload"])
     multiprocessing.forkserver.ensure_running()
     multiprocessing.set_start_method = lambda *_, **__: None  # SGLang's own call must not undo this
 
@@ -203,7 +201,7 @@ async def _receive_settings(link: Link) -> dict[str, Any]:
 
 
 def main() -> None:
-    die_with_parent()
+    die_with_parent(int(sys.argv[2]))
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     import uvloop
 

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Gauge
 
 from protocol.clients import OrchestratorClient
 from protocol.config import ModelConfig, RunConfig
-from protocol.errors import InvalidError, ProtocolError, UnavailableError
+from protocol.errors import AddressError, InvalidError, ProtocolError, UnavailableError
 from protocol.http import HttpStatus
 from protocol.messages import (
     Ack,
@@ -313,7 +313,7 @@ def main(
     )
     try:
         uvloop.run(_serve(config, model, run, orchestrator_address))
-    except (ProtocolError, EngineLostError, OSError, ValueError) as error:
+    except (ProtocolError, AddressError, EngineLostError, OSError, ValueError) as error:
         detail = error.detail if isinstance(error, ProtocolError) else str(error)
         print(f"rollout server {config.name}: {detail.strip().splitlines()[0]}", file=sys.stderr, flush=True)
         return 1

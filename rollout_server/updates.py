@@ -39,6 +39,7 @@ class Updates:
         self._shape = shape
         self._open: Transfer | None = None
         self._writing = asyncio.Lock()
+        self._opening: set[asyncio.Task[Ack]] = set()
         self._running: dict[Version, asyncio.Task[WeightsDone]] = {}
 
     async def begin(self, call: Call, request: WeightsBegin) -> Ack:
@@ -47,6 +48,12 @@ class Updates:
             return Ack()
         self._supervisor.refuse_older(request.version)
         self._shape.check_manifest(request.manifest)
+        task = asyncio.create_task(self._begin(request))
+        self._opening.add(task)
+        task.add_done_callback(self._opening.discard)
+        return await asyncio.shield(task)  # a cancelled caller must not lose sight of a half-opened transfer
+
+    async def _begin(self, request: WeightsBegin) -> Ack:
         async with self._writing:
             if self._open is not None:
                 if request.version < self._open.version:
@@ -134,9 +141,10 @@ class Updates:
 
     async def close(self) -> None:
         """Forget what was staged; a switch that runs is left to die with the engine."""
-        for task in self._running.values():
+        tasks = [*self._running.values(), *self._opening]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._running.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._drop()
         await asyncio.to_thread(self._staging.close)
 

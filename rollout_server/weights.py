@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -45,7 +46,11 @@ class Ranges:
 
 
 class Transfer:
-    """One version on its way in. `folder` then holds model.safetensors. Blocking; callers use a thread."""
+    """One version on its way in. `folder` then holds model.safetensors.
+
+    Blocking, so callers use a thread, and a caller that is cancelled leaves its thread running: hence the lock, and
+    hence nothing is written any more once `check` has passed or `discard` was called.
+    """
 
     def __init__(self, version: Version, manifest: Sequence[TensorSpec], total_bytes: int, parent: Path) -> None:
         self.version = version
@@ -53,6 +58,8 @@ class Transfer:
         self.manifest = list(manifest)
         self.total_bytes = total_bytes
         self._arrived = Ranges()
+        self._lock = threading.Lock()
+        self._sealed = False
         header = header_of(manifest)
         self._data_at = len(header)
         self.folder = Path(tempfile.mkdtemp(prefix=f"{version.incarnation}-{version.step}-", dir=parent))
@@ -71,26 +78,32 @@ class Transfer:
             raise InvalidError(f"chunk data must be uint8 [n], not {data.dtype} {list(data.shape)}")
         if offset + data.size > self.total_bytes:
             raise InvalidError(f"chunk [{offset}, {offset + data.size}) reaches beyond {self.total_bytes} bytes")
-        view, at = data.data.cast("B"), self._data_at + offset
-        while view:
-            written = os.pwrite(self._fd, view, at)
-            view, at = view[written:], at + written
-        if data.size:
+        with self._lock:
+            if self._sealed or data.size == 0:
+                return
+            view, at = data.data.cast("B"), self._data_at + offset
+            while view:
+                written = os.pwrite(self._fd, view, at)
+                view, at = view[written:], at + written
             self._arrived.add(offset, offset + data.size)
 
     def check(self) -> None:
         """All bytes there and every checksum right, else InvalidError."""
-        if not self._arrived.covers(self.total_bytes):
-            raise InvalidError(f"{self.name} is incomplete from byte {self._arrived.first_gap()} on")
-        try:
-            verify(read_folder(self.folder), self.manifest)
-        except ValueError as error:
-            raise InvalidError(f"{self.name}: {error}") from error
+        with self._lock:
+            if not self._arrived.covers(self.total_bytes):
+                raise InvalidError(f"{self.name} is incomplete from byte {self._arrived.first_gap()} on")
+            try:
+                verify(read_folder(self.folder), self.manifest)
+            except ValueError as error:
+                raise InvalidError(f"{self.name}: {error}") from error
+            self._sealed = True
 
     def discard(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        with self._lock:
+            self._sealed = True
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -271,5 +271,3 @@ async def _cancelled(task: asyncio.Task[Any], timeout_s: float) -> None:
     """Cancel the task and wait until it has ended."""
     task.cancel()
     await asyncio.wait((task,), timeout=timeout_s)
-
-

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.config import TrainerConfig
 from trainer.model import Scorer
@@ -18,24 +17,27 @@ from trainer.ranks import Ranks
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that leaves everything as it is when any rank has a gradient (or a `veto`) that is not finite."""
+    """AdamW that leaves everything as it is when any rank has a gradient (or a `veto`) that is not finite.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    clip: the largest norm, where DeepSpeed is not to clip: without ZeRO it would, but does not tell the norm.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], ranks: Ranks, *, clip: float | None, **settings: Any) -> None:
+        super().__init__(parameters, **settings)
+        self._ranks = ranks
+        self._clip = clip
+        self.norm: float | None = None
         self.veto = False
         self.skipped = False
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        finite = torch.ones((), device=grads[0].device if grads else None)
-        for grad in grads:
-            finite *= torch.isfinite(grad).all()
-        if self.veto:
-            finite.zero_()
-        if dist.get_world_size() > 1:
-            dist.all_reduce(finite, dist.ReduceOp.MIN)
-        if finite.item():
+        flags = [torch.isfinite(grad).all() for grad in grads]
+        finite = not flags or bool(torch.stack(flags).all())
+        if self._clip is not None:
+            self.norm = float(nn.utils.clip_grad_norm_(self.param_groups[0]["params"], self._clip))
+        if self._ranks.all(finite and not self.veto):
             super().step(closure)
         else:
             self.skipped = True
@@ -58,7 +60,13 @@ class PolicyEngine:
         trained = [p for p in scorer.parameters() if p.requires_grad]
         o = config.optimizer
         self._adam = GuardedAdamW(
-            trained, lr=o.learning_rate, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
+            trained,
+            ranks,
+            clip=None if config.deepspeed.zero_stage else o.gradient_clipping,
+            lr=o.learning_rate,
+            betas=o.betas,
+            eps=o.eps,
+            weight_decay=o.weight_decay,
         )
         self.scorer = scorer
         engine, *_ = deepspeed.initialize(
@@ -90,7 +98,7 @@ class PolicyEngine:
         before = self._engine.skipped_steps
         self._adam.veto, self._adam.skipped = not finite, False
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
+        norm = self._engine.get_global_grad_norm() if self._adam.norm is None else self._adam.norm
         skipped = self._adam.skipped or self._engine.skipped_steps > before
         return Update(math.nan if norm is None else float(norm), skipped)
 
@@ -128,7 +136,7 @@ def deepspeed_settings(config: TrainerConfig, *, bfloat16: bool) -> dict[str, An
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.optimizer.gradient_clipping,
+        "gradient_clipping": config.optimizer.gradient_clipping if config.deepspeed.zero_stage else 0.0,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,

@@ -43,9 +43,7 @@ class _Unit:
         return merged.to("cpu", dtype).contiguous()
 
 
-def gather(
-    scorer: Scorer, *, zero_stage: int, dtype: torch.dtype, bucket_bytes: int, leads: bool
-) -> Iterator[Bucket]:
+def gather(scorer: Scorer, *, zero_stage: int, dtype: torch.dtype, bucket_bytes: int, leads: bool) -> Iterator[Bucket]:
     """Buckets of about bucket_bytes each, full on rank 0 (`leads`) and empty elsewhere."""
     for units in _buckets(_units(scorer), dtype.itemsize, bucket_bytes):
         with _whole([p for unit in units for p in unit.parameters], zero_stage):

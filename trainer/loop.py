@@ -136,17 +136,19 @@ def _pieces(batch: TrainBatch, ranks: Ranks, config: TrainerConfig) -> list[list
         samples = [sample for micro in split for share in micro for sample in share]
         total_tokens = int(batch.output_length[samples].sum())
         micros = [pack(batch, micro[ranks.rank]) for micro in split]
-        pieces.append([
-            _Piece(
-                micro=micro.to(ranks.device),
-                behaviour=behaviour[micro.output_O].to(ranks.device),
-                advantage=advantage[micro.output_O].to(ranks.device),
-                lag=lag[micro.output_O].to(ranks.device),
-                total_tokens=total_tokens,
-                total_sequences=len(samples),
-            )
-            for micro in micros
-        ])
+        pieces.append(
+            [
+                _Piece(
+                    micro=micro.to(ranks.device),
+                    behaviour=behaviour[micro.output_O].to(ranks.device),
+                    advantage=advantage[micro.output_O].to(ranks.device),
+                    lag=lag[micro.output_O].to(ranks.device),
+                    total_tokens=total_tokens,
+                    total_sequences=len(samples),
+                )
+                for micro in micros
+            ]
+        )
     return pieces
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import types
-from pathlib import Path
 
 import torch
-from peft import LoraConfig as PeftConfig
-from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -15,11 +12,8 @@ from ops.linear_logprob import linear_logprob
 from protocol.config import ModelConfig
 from trainer.attention import attention_arguments, register_attention
 from trainer.config import LoraConfig
+from trainer.model_path import ModelError, check_model_path, checkpoint_names
 from trainer.packing import Microbatch
-
-
-class ModelError(RuntimeError):
-    """The model cannot be loaded or trained; the message says why in one line."""
 
 
 class Scorer(nn.Module):
@@ -33,10 +27,9 @@ class Scorer(nn.Module):
     _head: nn.Module
     _backbone: nn.Module
 
-    def __init__(self, lm: nn.Module) -> None:
+    def __init__(self, lm: nn.Module, causal: PreTrainedModel) -> None:
         super().__init__()
         self.lm = lm
-        causal = _causal_lm(lm)
         head = _head(causal)
         head.forward = types.MethodType(_head_logprob, head)
         self.__dict__.update(causal=causal, _head=head, _backbone=causal.get_decoder())  # registered below `lm` already
@@ -57,12 +50,6 @@ def _head_logprob(head: nn.Linear, hidden: Tensor, target: Tensor, temperature: 
     return linear_logprob(hidden, head.weight, target, temperature, bias_V=head.bias)
 
 
-def _causal_lm(lm: nn.Module) -> PreTrainedModel:
-    inner = lm.get_base_model() if isinstance(lm, PeftModel) else lm
-    assert isinstance(inner, PreTrainedModel)
-    return inner
-
-
 def _head(causal: PreTrainedModel) -> nn.Linear:
     head = causal.get_output_embeddings()
     if not isinstance(head, nn.Linear):
@@ -74,28 +61,23 @@ def load_policy(
     model: ModelConfig, *, lora: LoraConfig | None, activation_checkpointing: bool, device: torch.device
 ) -> Scorer:
     """The model to train, on the CPU, in its configured dtype. Raises ModelError."""
-    lm: nn.Module = load_model(model, device)
+    causal = load_model(model, device)
     if activation_checkpointing:
-        _causal_lm(lm).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if lora is not None:
-        lm = _with_adapters(_causal_lm(lm), lora)
-    lm.train()
-    return Scorer(lm)
+        causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    lm = causal if lora is None else _with_adapters(causal, lora)
+    return Scorer(lm.train(), causal)
 
 
 def load_reference(model: ModelConfig, path: str, device: torch.device) -> Scorer:
     """A frozen model for the KL penalty."""
     lm = load_model(model if path == "initial" else model.model_copy(update={"path": path}), device)
     lm.requires_grad_(False)
-    return Scorer(lm.eval())
+    return Scorer(lm.eval(), lm)
 
 
 def load_model(model: ModelConfig, device: torch.device) -> PreTrainedModel:
     """AutoModelForCausalLM with packed attention. Raises ModelError, naming the place, if it is missing or unfit."""
-    local = Path(model.path)
-    if local.is_absolute() or local.exists():
-        if not (local / "config.json").is_file():
-            raise ModelError(f"model.path: {local} is no model folder (it has no config.json)")
+    check_model_path(model.path)
     try:
         lm = AutoModelForCausalLM.from_pretrained(
             model.path,
@@ -105,13 +87,25 @@ def load_model(model: ModelConfig, device: torch.device) -> PreTrainedModel:
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"model.path: {model.path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    _check_names(lm, model.path)
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(lm.config, name, None) not in (None, 1, 1.0):
             raise ModelError(f"model.path: {model.path} changes its logits by `{name}`, which the trainer does not do")
     return lm
 
 
+def _check_names(lm: PreTrainedModel, path: str) -> None:
+    """Weights are published under their parameters' names, so these must be the checkpoint's too."""
+    names = checkpoint_names(path)
+    unknown = [name for name, _ in lm.named_parameters() if names and name not in names]
+    if unknown:
+        raise ModelError(f"model.path: {path} calls its weights otherwise than transformers does ({unknown[0]}, …)")
+
+
 def _with_adapters(lm: PreTrainedModel, config: LoraConfig) -> nn.Module:
+    from peft import LoraConfig as PeftConfig  # peft takes seconds to import
+    from peft import get_peft_model
+
     head = next(name for name, module in lm.named_modules() if module is _head(lm))
     targets = config.target_modules
     if not isinstance(targets, str) and head.rsplit(".", 1)[-1] in targets:

@@ -44,9 +44,7 @@ def _split(indices: np.ndarray, length: np.ndarray, ranks: int, cap: int) -> lis
             break
         count += 1
     heaviest_first = np.argsort(-load, kind="stable")
-    return [
-        [sorted(bins[heaviest_first[micro * ranks + rank]]) for rank in range(ranks)] for micro in range(count)
-    ]
+    return [[sorted(bins[heaviest_first[micro * ranks + rank]]) for rank in range(ranks)] for micro in range(count)]
 
 
 @dataclass(frozen=True, eq=False)

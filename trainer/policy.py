@@ -15,7 +15,8 @@ from trainer.desk import Desk
 from trainer.engine import PolicyEngine, ReferenceEngine
 from trainer.export import export
 from trainer.gather import Bucket, gather
-from trainer.model import ModelError, load_policy, load_reference
+from trainer.model import load_policy, load_reference
+from trainer.model_path import ModelError
 from trainer.ranks import Ranks
 from trainer.transports.base import Transport
 

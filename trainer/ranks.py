@@ -81,6 +81,10 @@ class Ranks:
             dist.all_reduce(tensor, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=self._control)
         return dict(zip(values, tensor.tolist(), strict=True))
 
+    def all(self, flag: bool) -> bool:
+        """Whether it is true on every rank."""
+        return self.total({"false": float(not flag)})["false"] == 0.0
+
     def close(self) -> None:
         """Leave the process group."""
         if dist.is_initialized():

@@ -11,6 +11,7 @@ from protocol.errors import ProtocolError
 from protocol.messages import Version
 from protocol.process import announce, die_with_parent
 from trainer.config import TrainerConfig
+from trainer.model_path import ModelError, check_model_path
 
 log = logging.getLogger("trainer")
 
@@ -22,9 +23,8 @@ def main(config: TrainerConfig, model: ModelConfig, run: RunConfig, orchestrator
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
-    from trainer.model import ModelError
-
     try:
+        check_model_path(model.path)
         _run(config, model, run, orchestrator_address)
     except (ModelError, ProtocolError, OSError, TimeoutError) as error:
         print(f"trainer: {error}", file=sys.stderr, flush=True)
@@ -64,8 +64,8 @@ def _run(config: TrainerConfig, model: ModelConfig, run: RunConfig, orchestrator
                     max_staleness=config.max_staleness,
                     max_queued=config.max_queued_batches,
                     total_steps=config.steps,
-                    vocab=policy.causal.config.vocab_size,
-                    context_tokens=policy.causal.config.max_position_embeddings,
+                    vocab=policy.causal.config.get_text_config().vocab_size,
+                    context_tokens=policy.causal.config.get_text_config().max_position_embeddings,
                 )
             )
             announce("trainer", desk.address)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -92,7 +93,8 @@ class WorkerProcess:
     def kill(self) -> None:
         """SIGKILL, if it still lives."""
         if self.alive:
-            self._process.send_signal(signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
 
 
 async def start_worker(settings: Settings, command: tuple[str, ...]) -> WorkerProcess:

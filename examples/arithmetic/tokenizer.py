@@ -1,7 +1,7 @@
 """The arithmetic example's tokenizer: bytes, two longer tokens, five control tokens, and a chat template.
 
-Every text is a sequence of bytes, so encoding loses nothing. The control tokens are written only by the chat template:
-`split_special_tokens` makes their spelling inside plain text ordinary bytes.
+Every text is a sequence of bytes, so encoding loses nothing. Control ids are meant to come from the chat template
+alone: encode other people's text with `split_special_tokens=True`, and a control token spelled in it is plain bytes.
 """
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers

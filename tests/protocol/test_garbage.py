@@ -17,7 +17,9 @@ from protocol.messages import Ack, Body, InfoRequest, WeightsChunk
 from protocol.server import Call, Server, ServerLimits
 from tests.protocol.conftest import Serve
 
-LIMITS = ServerLimits(max_message_bytes=20_000, max_header_bytes=10_000, hard_frame_bytes=40_000, max_frames=4)
+LIMITS = ServerLimits(
+    ack_grace_s=0, max_message_bytes=20_000, max_header_bytes=10_000, hard_frame_bytes=40_000, max_frames=4
+)
 
 
 async def ack(call: Call, body: Body) -> Body:

@@ -245,7 +245,7 @@ async def test_a_restarted_server_gets_open_requests_again(connect: Connect, tmp
     seen += [item async for item in stream]
     assert [s.index if isinstance(s, Sample) else "done" for s in seen] == [0, 1, 3, 2, "done"]
     await client.request("draft", body, GenerationDone, timeout_s=T)  # the new session's credits work
-    assert client._sent == 2
+    assert client._window.sent == 2
     await second.close()
 
 
@@ -266,7 +266,7 @@ async def test_a_client_may_come_before_its_server(connect: Connect, tmp_path: P
 
 async def test_replies_are_bounded_in_memory(serve: Serve, connect: Connect) -> None:
     steps = Steps()
-    limits = ServerLimits(replay_bytes=4096, max_finished=4)
+    limits = ServerLimits(replay_bytes=4096, max_finished=4, ack_grace_s=0)
     server = await serve(("x", InfoRequest, steps), limits=limits)
     client = connect(server)
     client._flush_acks = lambda: None  # type: ignore[method-assign]  # a client that never acknowledges
@@ -291,7 +291,7 @@ async def test_replies_that_were_given_up_are_said_to_be(serve: Serve, connect: 
 
 async def test_unacknowledged_replies_expire(serve: Serve, connect: Connect) -> None:
     steps = Steps()
-    server = await serve(("x", InfoRequest, steps), limits=ServerLimits(replay_s=0.05))
+    server = await serve(("x", InfoRequest, steps), limits=ServerLimits(replay_s=0.05, ack_grace_s=0))
     client = connect(server)
     client._flush_acks = lambda: None  # type: ignore[method-assign]
     steps.release(1)

@@ -209,7 +209,7 @@ async def test_credits_bound_what_is_in_flight(serve: Serve, connect: Connect) -
     await client.request("x", InfoRequest(), Ack, timeout_s=T)  # by now it knows its window
     replies = await asyncio.gather(*(client.request("x", InfoRequest(), Ack, timeout_s=T) for _ in range(200)))
     assert len(replies) == 200 and most <= 4 and server.counters.overloaded == 0
-    assert client._sent == 201 and client._credit == 205
+    assert client._window.sent == 201 and client._window.credit == 205
 
 
 async def test_beyond_its_credit_a_client_is_told_to_wait_and_does(serve: Serve, connect: Connect) -> None:
@@ -236,9 +236,9 @@ async def test_credit_lost_with_requests_is_found_again(serve: Serve, connect: C
     server = await serve(("x", InfoRequest, ack), limits=ServerLimits(window=2))
     client = connect(server, resend_s=0.05)
     await client.request("x", InfoRequest(), Ack, timeout_s=T)
-    client._sent += 5  # as if five requests had been lost on the way and given up
+    client._window.sent += 5  # as if five requests had been lost on the way and given up
     await client.request("x", InfoRequest(), Ack, timeout_s=T)
-    assert client._sent == 2
+    assert client._window.sent == 2
 
 
 async def test_overloaded_reaches_the_caller_when_no_time_is_left(serve: Serve, connect: Connect) -> None:
@@ -320,12 +320,14 @@ async def test_the_handler_sees_where_a_request_comes_from(serve: Serve, connect
     calls: list[tuple[object, ...]] = []
 
     async def look(call: Call, body: Body) -> Body:
-        calls.append((call.id, call.kind, call.run, call.term, call.incarnation, 0 < call.remaining_s <= T))
+        calls.append((call.id, call.kind, call.run, call.term, call.incarnation, call.trace, 0 < call.remaining_s <= T))
         return Ack()
 
     client = connect(await serve(("x", InfoRequest, look)), run="r", term=3, incarnation=4)
-    await client.request("x", InfoRequest(), Ack, timeout_s=T, request_id="me")
-    assert calls == [("me", "x", "r", 3, 4, True)]
+    await client.request("x", InfoRequest(), Ack, timeout_s=T, request_id="me", trace="t")
+    assert calls == [("me", "x", "r", 3, 4, "t", True)]
+    with pytest.raises(InvalidError, match="256"):
+        await client.request("x", InfoRequest(), Ack, timeout_s=T, request_id="x" * 257)
 
 
 async def test_draining_lets_work_end_and_takes_no_more(serve: Serve, connect: Connect) -> None:

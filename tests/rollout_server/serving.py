@@ -55,7 +55,12 @@ class ServerProcess:
 
     def __init__(self, folder: Path, model: Path, orchestrator: str | None = None, **config: Any) -> None:
         self.log = folder / "server.log"
-        settings = {"name": "r0", "address": f"ipc://{folder}/r0.sock", "device": "cpu"} | config
+        settings = {
+            "name": "r0",
+            "address": f"ipc://{folder}/r0.sock",
+            "device": "cpu",
+            "staging_dir": f"{folder}/staging",
+        } | config
         arguments = {
             "runs": str(folder / "runs"),
             "model": str(model),

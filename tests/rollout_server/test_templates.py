@@ -29,11 +29,11 @@ KINDS: list[Template] = ["paper", "multi_turn"]
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ModelTokenizer:
     folder = make_tiny_model(tmp_path_factory.mktemp("model"))
-    return ModelTokenizer(ModelConfig(path=str(folder), dtype="float32"))
+    return ModelTokenizer(ModelConfig.model_validate({"path": str(folder), "dtype": "float32"}))
 
 
 def prompter(tokenizer: ModelTokenizer, kind: Template, **changes: Any) -> Prompter:
-    defaults = RolloutServerConfig()
+    defaults = RolloutServerConfig.model_validate({})
     fields: dict[str, Any] = {
         "kind": kind,
         "draft_prefix": defaults.draft_prefix,
@@ -136,7 +136,7 @@ def test_added_tokens_that_are_text_may_stand_in_a_draft(tokenizer: ModelTokeniz
 
 
 def test_the_paper_preset_is_the_papers_instruction(tokenizer: ModelTokenizer) -> None:
-    config = RolloutServerConfig(system_prompt="paper")
+    config = RolloutServerConfig.model_validate({"system_prompt": "paper"})
     assert config.system_text.startswith("You are a helpful AI Assistant that provides well-reasoned")
     assert config.system_text.endswith("correct it and proceed.")
     build = prompter(tokenizer, "paper", system_text=config.system_text)
@@ -169,4 +169,4 @@ def test_a_template_that_changes_content_is_named_at_the_start(tmp_path: Path) -
     config = folder / "tokenizer_config.json"
     config.write_text(config.read_text().replace("m['content']", "m['content'][:3]"))
     with pytest.raises(InvalidError, match="chat template"):
-        prompter(ModelTokenizer(ModelConfig(path=str(folder), dtype="float32")), "paper")
+        prompter(ModelTokenizer(ModelConfig.model_validate({"path": str(folder), "dtype": "float32"})), "paper")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from trainer.config import TrainerConfig
 
 LINEAR_ADAM = {"learning_rate": 1.0, "eps": 1.0, "gradient_clipping": 1e6}
-"""With eps this large Adam's first update is about the gradient itself, so that comparing weights compares gradients."""
+"""With eps this large Adam's first update is g / (|g| + 1): comparing weights compares gradients."""
 
 CASES: dict[str, dict] = {
     "zero0": {"deepspeed": {"zero_stage": 0}},

@@ -33,7 +33,7 @@ def main(models: Path, out: Path) -> None:
         metrics = train_step(policy, ranks, TrainBatch.decode(payload), config)
         weights = {key: tensor.float().numpy() for bucket in policy.weights() for key, tensor in bucket}
         if ranks.leads:
-            np.savez(out / f"{name}.npz", **weights)
+            np.savez(out / f"{name}.npz", allow_pickle=False, **weights)
             (out / f"{name}.json").write_text(json.dumps(metrics))
         else:
             assert not weights
@@ -43,8 +43,8 @@ def main(models: Path, out: Path) -> None:
 
 def _skips_what_is_not_finite(ranks: Ranks, models: Path, out: Path) -> None:
     """One rank alone has a bad loss: no rank's weights may move."""
-    model = ModelConfig.model_validate({"path": str(models / "float32"), "dtype": "float32"})
-    for stage in (0, 2):
+    for stage, dtype in ((0, "float32"), (2, "bfloat16"), (3, "float32")):
+        model = ModelConfig.model_validate({"path": str(models / dtype), "dtype": dtype})
         config = case_config("zero0").model_copy(
             update={"deepspeed": case_config("zero0").deepspeed.model_copy(update={"zero_stage": stage})}
         )

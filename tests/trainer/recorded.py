@@ -24,7 +24,14 @@ ENVIRONMENT = os.environ | {
 
 
 def recorded_push(
-    *, groups: int = 6, samples: int = 4, step: int = 0, incarnation: int = 1, lag: int = 0, seed: int = 0, first: int = 0
+    *,
+    groups: int = 6,
+    samples: int = 4,
+    step: int = 0,
+    incarnation: int = 1,
+    lag: int = 0,
+    seed: int = 0,
+    first: int = 0,
 ) -> PushRequest:
     """Random prompts and refinements of random lengths at temperatures 0.7 and 1.0; later tokens may be fresher."""
     rng = np.random.default_rng(seed)

@@ -109,9 +109,7 @@ class CheckingReplica:
         return await self._serve(body.version, weights)
 
     async def _load(self, call: Call, body: WeightsLoad) -> WeightsDone:
-        weights: dict[str, torch.Tensor] = {}
-        for path in sorted(Path(body.path).glob("*.safetensors")):
-            weights |= load_file(path)
+        weights = load_folder(Path(body.path))
         assert body.manifest is not None
         assert {spec.name: spec for spec in body.manifest} == {n: spec_of(n, t) for n, t in weights.items()}
         return await self._serve(body.version, weights)
@@ -149,8 +147,11 @@ class Membership:
         )
 
 
+def load_folder(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors in a folder of safetensors."""
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
 def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:
     raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
-    return TensorSpec(
-        name=name, dtype=str(tensor.dtype).split(".")[1], shape=list(tensor.shape), crc32=zlib.crc32(raw)
-    )
+    return TensorSpec(name=name, dtype=str(tensor.dtype).split(".")[1], shape=list(tensor.shape), crc32=zlib.crc32(raw))

@@ -1,4 +1,4 @@
-"""One step of the real DeepSpeed engine against naive float64 code, alone and on two ranks: the split changes nothing."""
+"""One step of the real DeepSpeed engine, alone and on two ranks, against naive float64 code."""
 
 from __future__ import annotations
 
@@ -101,6 +101,16 @@ def test_metrics_do_not_depend_on_the_ranks(outcomes: dict) -> None:
             assert one[key] == pytest.approx(two[key], rel=1e-4, abs=1e-6), key
     assert one["gradient_norm"] > 0 and 0 < one["truncated_weight_share"] < 1
     assert one["active_group_share"] == pytest.approx(4 / 6)
+
+
+def test_the_gradient_norm_is_that_of_the_whole_gradient(outcomes: dict, expected: dict, models: Path) -> None:
+    before = load(models / "float32")
+    steps = [expected["zero2"][0][key] - before[key] for key in before]
+    norm = np.sqrt(sum(np.square(step / (1 - np.abs(step))).sum() for step in steps))  # step = g / (|g| + 1)
+    for name in ("zero0", "zero1-clipping", "zero2", "zero3"):
+        for ranks in (1, 2):
+            metrics = json.loads((outcomes[ranks] / f"{name}.json").read_text())
+            assert metrics["gradient_norm"] == pytest.approx(norm, rel=1e-4), (name, ranks)
 
 
 def load(folder: Path) -> dict[str, np.ndarray]:

@@ -206,17 +206,20 @@ async def test_sigterm_ends_it_within_seconds(tmp_path: Path) -> None:
         assert await running.ends(10.0) == 0
 
 
-@pytest.mark.parametrize("victim", ["agent", "rank"])
+@pytest.mark.parametrize("victim", ["agent", pytest.param("rank", marks=pytest.mark.slow)])
 async def test_ranks_die_together(tmp_path: Path, victim: str) -> None:
     async with trainer(tmp_path, processes=2) as running:
         agent = running.process.pid
-        children = [int(pid) for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split()]
+        children = _children(agent)
         assert len(children) == 2
         os.kill(agent if victim == "agent" else children[1], signal.SIGKILL)
         assert await running.ends(40.0) != 0
-        async with asyncio.timeout(10.0):
-            while any(_alive(pid) for pid in children):
-                await asyncio.sleep(0.05)
+        # `ends` has read their stdout, which they share with the agent, to its end
+        assert not any(_alive(pid) for pid in children)
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def _alive(pid: int) -> bool:

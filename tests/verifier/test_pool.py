@@ -81,7 +81,7 @@ async def test_hard_limit_kills_and_neighbours_are_answered_quickly() -> None:
         "long_runners": 5,
         "slow_after_s": 0.2,
         "soft_limit_s": 30.0,
-        "hard_limit_s": 2.5,
+        "hard_limit_s": 1.5,
     }
     async with running_pool(**limits) as pool:
         start = time.monotonic()
@@ -157,21 +157,22 @@ async def test_twice_killed_is_an_error() -> None:
 
 async def test_workers_killed_at_random_every_item_is_answered_once() -> None:
     async with running_pool(workers=2, spare_workers=1) as pool:
-        batch = pool.submit(tasks(*[rf"\sqrt{{{n}}}+{n}x" for n in range(60)]))
+        batch = pool.submit(tasks(*[rf"\sqrt{{{n}}}+{n}x" for n in range(30)]))
         rng = random.Random(0)
 
-        async def kill_five() -> None:
-            for _ in range(5):
+        async def kill_three() -> None:
+            for _ in range(3):
                 served = batch.outstanding
                 await until(lambda served=served: batch.outstanding < served or not batch.outstanding)
-                os.kill(rng.choice(pool.pids), signal.SIGKILL)
+                if pool.pids:
+                    os.kill(rng.choice(pool.pids), signal.SIGKILL)
 
-        killing = asyncio.create_task(kill_five())
+        killing = asyncio.create_task(kill_three())
         outcomes = await collect(batch)
         await killing
-        assert len(outcomes) == 60
+        assert len(outcomes) == 30
         assert {outcome.status for outcome in outcomes.values()} <= {"wrong", "error"}
-        assert sum(outcome.status == "error" for outcome in outcomes.values()) <= 2
+        assert sum(outcome.status == "error" for outcome in outcomes.values()) <= 1
 
 
 async def test_killed_idle_worker_is_replaced() -> None:

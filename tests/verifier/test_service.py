@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import sys
 import time
 import urllib.request
@@ -188,14 +189,14 @@ def children(pid: int) -> list[int]:
 
 
 async def test_sigterm_ends_the_process_and_its_workers(tmp_path: Path) -> None:
-    process = await start_process(f"ipc://{tmp_path}/v", "127.0.0.1:18933")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        http = f"127.0.0.1:{free.getsockname()[1]}"
+    process = await start_process(f"ipc://{tmp_path}/v", http)
     client = VerifierClient(await ready(process))
     try:
         [verdict] = await client.verify([item("1", GOLD, BOX % GOLD)], timeout_s=10)
         assert verdict.status == "correct"
-        page = await asyncio.to_thread(
-            lambda: urllib.request.urlopen("http://127.0.0.1:18933/metrics", timeout=5).read()
-        )
+        page = await asyncio.to_thread(lambda: urllib.request.urlopen(f"http://{http}/metrics", timeout=5).read())
         assert b"verifier_workers_live" in page
         workers = children(process.pid)
         assert workers

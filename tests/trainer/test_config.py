@@ -1,0 +1,58 @@
+"""The schedule, and what the configuration refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from pydantic import ValidationError
+
+from trainer.config import TrainerConfig
+from trainer.schedule import learning_rate
+
+
+def config(**changes) -> TrainerConfig:
+    return TrainerConfig.model_validate({"steps": 101, "optimizer": {"learning_rate": 1.0}} | changes)
+
+
+def test_cosine_with_warmup() -> None:
+    c = config(schedule={"warmup_fraction": 0.1, "min_ratio": 0.1})
+    assert [learning_rate(s, c) for s in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    assert learning_rate(55, c) == pytest.approx(0.55)
+    assert learning_rate(100, c) == pytest.approx(0.1) and learning_rate(500, c) == pytest.approx(0.1)
+    rates = [learning_rate(s, c) for s in range(10, 101)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_other_schedules() -> None:
+    linear = config(schedule={"kind": "linear", "warmup_steps": 0, "min_ratio": 0.0})
+    assert [learning_rate(s, linear) for s in (0, 50, 100)] == pytest.approx([1.0, 0.5, 0.0])
+    assert learning_rate(77, config(schedule={"kind": "constant", "warmup_steps": 0})) == 1.0
+    assert learning_rate(0, config(steps=1)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"zero_stage": 2},
+        {"deepspeed": {"zero_stage": 4}},
+        {"deepspeed": {"zero_stage": 0, "offload_optimizer": True}},
+        {"deepspeed": {"zero_stage": 2, "offload_parameters": True}},
+        {"objective": {"kl": {"beta": 0.1}}},
+        {"optimizer": {"gradient_clipping": 0.0}},
+        {"tokens_per_microbatch": 0},
+    ],
+)
+def test_wrong_settings_are_refused(wrong: dict) -> None:
+    with pytest.raises(ValidationError):
+        TrainerConfig.model_validate(wrong)
+
+
+def test_every_field_is_described_and_no_torch_is_imported() -> None:
+    code = "import sys, trainer.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    models = [TrainerConfig, *(field.annotation for field in TrainerConfig.model_fields.values())]
+    for model in models:
+        for name, field in getattr(model, "model_fields", {}).items():
+            assert field.description, f"{model}.{name}"
