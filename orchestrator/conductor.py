@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from orchestrator.data import DataOrder, Key, Problem
 from orchestrator.dispatch import Dispatcher
 from orchestrator.evaluate import Evaluation, evaluate, paired_gain
 from orchestrator.grading import Grader
-from orchestrator.pipeline import Dispatch, Leave, Pipeline, PipelineRules, Restart, WakeAt
+from orchestrator.pipeline import Dispatch, Leave, Pipeline, PipelineRules, Restart, Stage, WakeAt
 from orchestrator.prompt import PromptRunner, Record, train_group
 from orchestrator.report import Reporter, group_metrics
 from protocol.clients import TrainerClient
@@ -345,9 +346,8 @@ class Conductor:
         trained: float,
     ) -> dict[str, Any]:
         gain, error = paired_gain(before, after) if before and after else (None, None)
-        terminal: dict[str, int] = {}
-        for stage, _ in self.pipeline.terminal.values():
-            terminal[stage.value] = terminal.get(stage.value, 0) + 1
+        ended = self.pipeline.terminal.values()
+        reasons = Counter(f"{stage}: {reason}" for stage, reason in ended if stage is not Stage.TRAINED)
         return {
             "name": self._run.name,
             "seed": self._run.seed,
@@ -363,7 +363,8 @@ class Conductor:
             "max_staleness": self._run.max_staleness,
             "max_lag": self._max_lag,
             "groups_trained": self._groups_trained,
-            "prompts": terminal,
+            "prompts": dict(Counter(stage.value for stage, _ in ended)),
+            "prompts_not_trained": dict(reasons.most_common(20)),
             "verdicts": dict(self._grader.statuses),
             "wall_seconds": time.monotonic() - started,
             "training_seconds": trained - training,

@@ -57,6 +57,9 @@ def _problem(index: int, place: str, row: Any, config: DataConfig) -> Problem:
         messages = tuple(ChatMessage(role=part["role"], content=part["content"]) for part in prompt)
     else:
         raise DataError(f"{place}: field {config.prompt_column!r}: expected text or a list of {{role, content}}")
+    for column, texts in ((config.prompt_column, [m.content for m in messages]), (config.answer_column, [str(answer)])):
+        if any("\ud800" <= char <= "\udfff" for text in texts for char in text):
+            raise DataError(f"{place}: field {column!r}: holds half a surrogate pair, which is not text")
     if isinstance(answer, bool) or not isinstance(answer, str | int | float) or answer == "":
         raise DataError(f"{place}: field {config.answer_column!r}: expected text or a number, found {answer!r:.60}")
     return Problem(index, messages, str(answer))

@@ -106,6 +106,7 @@ def test_jsonl_and_parquet_give_the_same_problems(tmp_path: Path) -> None:
         ('{"prompt": "", "answer": "1"}', "d.jsonl:2: field 'prompt'"),
         ('{"prompt": [{"role": "user"}], "answer": "1"}', "d.jsonl:2: field 'prompt'"),
         ('{"prompt": "x", "answer": null}', "d.jsonl:2: field 'answer'"),
+        ('{"prompt": "\\ud800", "answer": "1"}', "d.jsonl:2: field 'prompt': holds half a surrogate"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path: Path, line: str, says: str) -> None:
