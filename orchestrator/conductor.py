@@ -215,7 +215,7 @@ class Conductor:
                     self._stop(key)
                     record = self._records[key]
                     if self.pipeline.next_step - record.draft_step > self._config.max_draft_age:
-                        record.chosen, record.drafts = None, {}
+                        record.chosen, record.drafts, record.refused = None, {}, set()
                     self._start(key)
                 case Leave(key):
                     self._stop(key)

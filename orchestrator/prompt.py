@@ -21,7 +21,7 @@ from orchestrator.membership import Replica
 from orchestrator.pipeline import Pipeline, Stage
 from orchestrator.rewards import FORMATTED, bad_reference, reward_of, shuffled
 from orchestrator.selection import GradedDraft, select_draft
-from protocol.errors import ErrorCode, ProtocolError
+from protocol.errors import ErrorCode, InvalidError, ProtocolError
 from protocol.messages import (
     DraftRequest,
     FinishReason,
@@ -52,6 +52,7 @@ class Record:
     plain: bool
     drafts: dict[int, Graded] = field(default_factory=dict)
     chosen: Graded | None = None
+    refused: set[int] = field(default_factory=set)
     draft_step: int = 0
     replica: str | None = None
     refinements: dict[int, Graded] = field(default_factory=dict)
@@ -109,7 +110,8 @@ class PromptRunner:
         try:
             if record.chosen is None and not record.plain and not await self._draft(record):
                 return
-            await self._refine(record)
+            while not await self._refined(record):
+                pass
         except ProtocolError as error:
             self._failed(record, error)
         finally:
@@ -152,21 +154,43 @@ class PromptRunner:
         self._pipeline.move(key, Stage.SELECTING)
         if any(bad_reference(graded.verdict) for graded in record.drafts.values()):
             return self._give_up(record, "bad_reference")
-        usable = {index: graded for index, graded in sorted(record.drafts.items()) if graded.reward is not None}
-        if not usable:
-            return self._give_up(record, "no graded draft")
-        rewards = [graded.reward or 0.0 for graded in usable.values()]
+        record.chosen = self._choose(record)
+        return record.chosen is not None or self._give_up(record, "no graded draft")
+
+    def _choose(self, record: Record) -> Graded | None:
+        """The draft to refine, among those that have a verdict and that no rollout server refused, if any."""
+        config, key = self._config, record.key
+        graded = {i: draft for i, draft in sorted(record.drafts.items()) if draft.reward is not None}
+        rewards = [draft.reward or 0.0 for draft in graded.values()]
         if config.reward.shuffle:
             rewards = shuffled(rewards, self._rng(key, "shuffle drafts"))
         candidates = [
-            GradedDraft(index, reward, len(graded.sample.output_ids), graded.verdict.status in FORMATTED)
-            for (index, graded), reward in zip(usable.items(), rewards, strict=True)
+            GradedDraft(i, reward, len(draft.sample.output_ids), draft.verdict.status in FORMATTED)
+            for (i, draft), reward in zip(graded.items(), rewards, strict=True)
+            if i not in record.refused
         ]
+        if not candidates:
+            return None
         rule = config.selection
-        record.chosen = usable[select_draft(candidates, rule.rule, rule.ties, self._rng(key, "select"))]
-        return True
+        return graded[select_draft(candidates, rule.rule, rule.ties, self._rng(key, "select"))]
 
     # -- Stage 2 -----------------------------------------------------------------------------------------------------
+
+    async def _refined(self, record: Record) -> bool:
+        """Refine the chosen draft. False: it cannot stand in a prompt (control ids, length), and another was chosen."""
+        try:
+            await self._refine(record)
+        except InvalidError:
+            if record.chosen is None:
+                raise
+            record.refused.update(i for i, draft in record.drafts.items() if draft is record.chosen)
+            other = self._choose(record)
+            if other is None:
+                raise
+            record.chosen = other
+            self._pipeline.move(record.key, Stage.SELECTING)
+            return False
+        return True
 
     async def _refine(self, record: Record) -> None:
         config, key, started = self._config, record.key, time.monotonic()

@@ -30,9 +30,6 @@ log = logging.getLogger("rollout_server.engine")
 KEPT_LINES = 30
 """Last lines of the child's output that are kept to explain its death."""
 
-STOP_S = 3.0
-"""How long the child may take to end by itself."""
-
 REPLY_MARGIN_S = 5.0
 """How much longer than the child's own deadline the server waits for the child to report it."""
 
@@ -146,11 +143,7 @@ class EngineProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
 
     async def close(self) -> None:
-        """End it and reap it. It gets a moment to remove SGLang's shared memory, which a kill would leave behind."""
-        if not self.exited.is_set() and self._ready.done():
-            with contextlib.suppress(ConnectionError, TimeoutError):
-                self._link.post({"op": "stop"})
-                await asyncio.wait_for(self.exited.wait(), STOP_S)
+        """Kill and reap; returns when the child is gone. SGLang's own shutdown does no more than kill either."""
         self.kill()
         await asyncio.wait_for(self.exited.wait(), 30.0)
 

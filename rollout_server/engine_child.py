@@ -4,7 +4,6 @@ It talks frames (link.py) with its server, dies with it (PDEATHSIG, and EOF on t
 processes along. Everything SGLang needs to be told about CPU and GPU is here (STACK.md section 2).
 
 In:  settings (first) · generate {rid, prompt, sampling} · abort {rid} · update {call, path, version, timeout_s}
-     stop
 Out: ready {device, context_tokens} · sample {rid, ...} · failed {rid, code, detail}
      updated {call, ok, detail, paused_s}
 """
@@ -110,7 +109,7 @@ class Host:
         self._updates: set[asyncio.Task[None]] = set()
 
     async def serve(self) -> None:
-        """Until the server says `stop` or is gone."""
+        """Until the server is gone, or has closed the link."""
         while (frame := await self._link.recv()) is not None:
             match frame["op"]:
                 case "generate":
@@ -122,8 +121,6 @@ class Host:
                     task = asyncio.create_task(self._update(frame))
                     self._updates.add(task)
                     task.add_done_callback(self._updates.discard)
-                case "stop":
-                    return
                 case op:
                     raise ValueError(f"unknown frame {op!r}")
 

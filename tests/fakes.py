@@ -65,11 +65,11 @@ def recorded_sample(seed: str, index: int, version: Version, *, tokens: int = 6,
 
 @dataclass
 class FakeRollout:
-    """A rollout server without an engine. hold(kind, question, index) -> an event to wait for before that sample ends."""
+    """A rollout server without an engine. hold(kind, question, index): an event to wait for before that sample ends."""
 
     name: str
     hold: Callable[[str, str, int], asyncio.Event | None] = lambda kind, question, index: None
-    version: Version = Version(1, 0)
+    version: Version = field(default_factory=lambda: Version(1, 0))
     capacity: int = 64
     vocabulary: int = 50
     requests: list[tuple[str, str, Version]] = field(default_factory=list)
@@ -210,4 +210,3 @@ class FakeTrainer:
 
     async def _finish(self, call: Call, body: FinishRequest) -> FinishReply:
         return FinishReply(path="nowhere", version=self.version)
-

@@ -255,6 +255,7 @@ class Desk:
     def _on_trained(self, step: int, done: StepDone) -> None:
         assert self._intake is not None
         self._intake.done(step)
+        done.metrics.update(self._publisher.metrics())
         self._results[step].set_result(done)
         self._results.pop(step - RESULTS_KEPT, None)
         self._set_state("waiting")

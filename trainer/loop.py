@@ -81,6 +81,7 @@ def train_step(policy: Policy, ranks: Ranks, batch: TrainBatch, config: TrainerC
     result = metrics.reduce(ranks, batch)
     seconds = monotonic() - started
     return result | {
+        "loss": result["loss"] / len(pieces),
         "learning_rate": rate,
         "gradient_norm": math.fsum(norms) / len(norms),
         "updates": float(len(norms)),

@@ -7,6 +7,7 @@ import types
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from ops.linear_logprob import linear_logprob
 from protocol.config import ModelConfig
@@ -78,6 +79,7 @@ def load_reference(model: ModelConfig, path: str, device: torch.device) -> Score
 def load_model(model: ModelConfig, device: torch.device) -> PreTrainedModel:
     """AutoModelForCausalLM with packed attention. Raises ModelError, naming the place, if it is missing or unfit."""
     check_model_path(model.path)
+    disable_progress_bar()
     try:
         lm = AutoModelForCausalLM.from_pretrained(
             model.path,

@@ -71,10 +71,6 @@ class Microbatch:
     def empty(self) -> bool:
         return not len(self.length_B)
 
-    @property
-    def tokens(self) -> int:
-        return 0 if self.empty else self.ids_1T.shape[1]
-
     def to(self, device: torch.device | str) -> Microbatch:
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)

@@ -58,6 +58,15 @@ class Publisher:
         self._changed.set()
         self._changed = asyncio.Event()
 
+    def metrics(self) -> dict[str, float]:
+        """Servers of the set, how many of them serve the newest version, and failed deliveries so far."""
+        newest = self._newest.version if self._newest else None
+        return {
+            "replicas": float(len(self._servers)),
+            "replicas_current": float(sum(version == newest for version in self.served.values())),
+            "publish_failures": float(self.failures),
+        }
+
     async def run(self) -> None:
         """Follow the orchestrator's set of servers until cancelled."""
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 
 from protocol.config import ModelConfig, RunConfig
 from protocol.errors import ProtocolError
@@ -23,6 +24,8 @@ def main(config: TrainerConfig, model: ModelConfig, run: RunConfig, orchestrator
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         check_model_path(model.path)
         _run(config, model, run, orchestrator_address)

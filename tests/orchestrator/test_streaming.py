@@ -25,6 +25,7 @@ from orchestrator.replicas import ReplicaWatch
 from orchestrator.report import Reporter
 from protocol.clients import TrainerClient, VerifierClient
 from protocol.config import RunConfig
+from protocol.errors import InvalidError
 from protocol.messages import ChatMessage, PushRequest, ReplicaHello
 from tests.fakes import FakeRollout, FakeTrainer, FakeVerifier
 
@@ -228,3 +229,24 @@ async def test_plain_prompts_have_no_drafts(tmp_path: Path, plain: bool) -> None
         kinds.setdefault(question, []).append(kind)
     shapes = {tuple(sorted(value)) for value in kinds.values()}
     assert shapes == ({("draft",)} if plain else {("draft",), ("draft", "refine")})
+
+
+async def test_a_draft_that_the_engine_refuses_makes_way_for_the_next(tmp_path: Path) -> None:
+    """Control ids in a draft: the rollout server says `invalid`; the prompt takes another draft, or is filtered."""
+    seen: dict[str, set[bytes]] = {}
+
+    class Refusing(FakeRollout):
+        async def _sample(self, call: Any, body: Any) -> Any:
+            if call.kind == "refine":
+                drafts = seen.setdefault(body.messages[-1].content, set())
+                drafts.add(body.draft_ids.tobytes())
+                if len(drafts) == 1 or body.messages[-1].content == "1":
+                    raise InvalidError("control id 2 inside the draft")
+            return await super()._sample(call, body)
+
+    stage = Stage(tmp_path, steps=2, replicas=[Refusing("r0")])
+    async with asyncio.timeout(DEADLINE_S), stage.conductor() as conductor:
+        await conductor.run()
+    assert 1 not in {index for _, index in stage.trained()} and len(stage.trained()) == 6
+    assert conductor.pipeline.terminal[(0, 1)][0] == "filtered"
+    assert all(len(drafts) == 2 for drafts in seen.values())

@@ -16,7 +16,7 @@ from trainer.objective.aggregate import aggregate, segment_sum
 from trainer.objective.kl import kl_estimate
 from trainer.objective.loss import Tokens, policy_loss
 from trainer.objective.ratio import log_ratio, token_ratio
-from trainer.objective.staleness import effective_sample_share, importance_weight, truncated_weight
+from trainer.objective.staleness import importance_weight, truncated_weight
 from trainer.objective.surrogate import clipped_surrogate, is_clipped
 
 Std = Literal["none", "biased", "unbiased"]
@@ -81,12 +81,6 @@ def test_truncated_weights() -> None:
     weight = truncated_weight(proximal, behaviour, 2.0)
     torch.testing.assert_close(weight, torch.tensor([1.0, 2.0, math.exp(-0.5)]))
     assert not weight.requires_grad and not importance_weight(proximal, behaviour).requires_grad
-
-
-def test_effective_sample_share() -> None:
-    assert effective_sample_share(torch.full((5,), -3.0)).item() == pytest.approx(1.0)
-    assert effective_sample_share(torch.tensor([800.0, 0.0, 0.0, 0.0])).item() == pytest.approx(0.25)
-    assert effective_sample_share(torch.zeros(0)).item() == 1.0
 
 
 def test_clipped_surrogate_by_hand() -> None:
