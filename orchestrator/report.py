@@ -94,8 +94,11 @@ class Reporter:
     def write(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
         """One line: {"kind": step | evaluation, "step": int, …}. Values that are not finite become null."""
         clean = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._lines.write(json.dumps({"kind": kind, "step": step, **clean}) + "\n")
-        self._lines.flush()
+        try:
+            self._lines.write(json.dumps({"kind": kind, "step": step, **clean}) + "\n")
+            self._lines.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._lines.name) from error
         for name, value in metrics.items():
             if math.isfinite(value):
                 self._board.add_scalar(f"{kind}/{name}", value, step)

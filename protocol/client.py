@@ -15,7 +15,7 @@ import itertools
 import secrets
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Sequence
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import zmq
 
@@ -122,7 +122,7 @@ class Client:
         self.duplicates = 0  # replies dropped because they were known
         self.malformed = 0  # replies dropped because they could not be understood
 
-    async def __aenter__(self) -> Client:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -128,8 +128,6 @@ class TrainerConfig(EndpointConfig):
     """The trainer, its optimiser and its objective."""
 
     processes: int = Field(default=1, ge=1, le=65_536, description="Ranks on this machine, one per accelerator.")
-    steps: int = Field(default=100, ge=1, description="Optimiser steps of the whole run; the schedule ends there.")
-    max_staleness: int = Field(default=1, ge=0, le=1024, description="Largest lag of a group in steps.")
     tokens_per_microbatch: int = Field(
         default=16_384, ge=1, description="Packed tokens (prompt + refinement) of one forward pass on one rank."
     )

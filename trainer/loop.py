@@ -25,7 +25,9 @@ from trainer.ranks import Order, Ranks
 from trainer.schedule import learning_rate
 
 
-def run_loop(policy: Policy, ranks: Ranks, desk: Desk | None, config: TrainerConfig, version: Version) -> None:
+def run_loop(
+    policy: Policy, ranks: Ranks, desk: Desk | None, config: TrainerConfig, total_steps: int, version: Version
+) -> None:
     """Train from `version` on until rank 0 orders to stop. `desk`: where orders come from; rank 0 has it."""
     policy.publish(version, desk)
     waiting_since = monotonic()
@@ -37,7 +39,8 @@ def run_loop(policy: Policy, ranks: Ranks, desk: Desk | None, config: TrainerCon
             case Order.TRAIN:
                 batch = TrainBatch.decode(payload)
                 metrics = {"seconds_wait": monotonic() - waiting_since}
-                metrics |= train_step(policy, ranks, batch, config)
+                rate = learning_rate(batch.step, total_steps, config.optimizer, config.schedule)
+                metrics |= train_step(policy, ranks, batch, config, rate)
                 version = Version(version.incarnation, batch.step + 1)
                 started = monotonic()
                 policy.publish(version, desk)
@@ -51,8 +54,8 @@ def run_loop(policy: Policy, ranks: Ranks, desk: Desk | None, config: TrainerCon
                 return
 
 
-def train_step(policy: Policy, ranks: Ranks, batch: TrainBatch, config: TrainerConfig) -> dict[str, float]:
-    """All optimiser updates of one batch; the same metrics on every rank."""
+def train_step(policy: Policy, ranks: Ranks, batch: TrainBatch, config: TrainerConfig, rate: float) -> dict[str, float]:
+    """All optimiser updates of one batch at learning rate `rate`; the same metrics on every rank."""
     metrics = StepMetrics()
     started = monotonic()
     with metrics.phase("prepare"):
@@ -66,7 +69,6 @@ def train_step(policy: Policy, ranks: Ranks, batch: TrainBatch, config: TrainerC
             for piece in (piece for minibatch in pieces for piece in minibatch):
                 piece.reference = policy.reference.logprobs_detached(piece.micro)
 
-    rate = learning_rate(batch.step, config)
     norms, skipped = [], 0
     for minibatch in pieces:
         finite = True

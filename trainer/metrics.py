@@ -79,7 +79,7 @@ class StepMetrics:
             self._sums[f"mismatch_tokens{split}"] += part.numel()
             self._sums[f"mismatch{split}"] += part.abs().sum().item()
             self._sums[f"mismatch_k1{split}"] += -part.sum().item()
-            self._sums[f"mismatch_k3{split}"] += (part.exp() - part - 1).sum().item()
+            self._sums[f"mismatch_k3{split}"] += (part.expm1() - part).sum().item()
             name = f"mismatch_max_ratio{split}"
             self._maxima[name] = max(self._maxima[name], part.max().exp().item())
 

@@ -64,15 +64,15 @@ def _run(config: TrainerConfig, model: ModelConfig, run: RunConfig, orchestrator
         if desk:
             desk.open(
                 Bounds(
-                    max_staleness=config.max_staleness,
+                    max_staleness=run.max_staleness,
                     max_queued=config.max_queued_batches,
-                    total_steps=config.steps,
+                    total_steps=run.steps,
                     vocab=policy.causal.config.get_text_config().vocab_size,
                     context_tokens=policy.causal.config.get_text_config().max_position_embeddings,
                 )
             )
             announce("trainer", desk.address)
-        run_loop(policy, ranks, desk, config, version)
+        run_loop(policy, ranks, desk, config, run.steps, version)
     finally:
         if desk:
             desk.close()

@@ -17,6 +17,7 @@ import re
 import time
 from collections import deque
 from pathlib import Path
+from typing import Any, cast
 
 import problems
 import torch
@@ -58,8 +59,8 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=cast(int, tokenizer.eos_token_id),
+        pad_token_id=cast(int, tokenizer.pad_token_id),
         dtype="float32",
     )
     return Qwen3ForCausalLM(config)
@@ -97,7 +98,7 @@ def respond(
     tokenizer.padding_side = "left"
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, **sampling)
+    output = cast(Any, model).generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, **sampling)
     return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

@@ -30,7 +30,7 @@ def main(models: Path, out: Path) -> None:
         payload = batch_of(recorded_push(**case_groups(name))).encode() if ranks.leads else b""
         order, payload = ranks.order(Order.TRAIN, payload)
         assert order is Order.TRAIN
-        metrics = train_step(policy, ranks, TrainBatch.decode(payload), config)
+        metrics = train_step(policy, ranks, TrainBatch.decode(payload), config, config.optimizer.learning_rate)
         weights = {key: tensor.float().numpy() for bucket in policy.weights() for key, tensor in bucket}
         if ranks.leads:
             np.savez(out / f"{name}.npz", allow_pickle=False, **weights)
@@ -59,10 +59,10 @@ def _skips_what_is_not_finite(ranks: Ranks, models: Path, out: Path) -> None:
         batch = batch_of(recorded_push())
         if ranks.rank == ranks.size - 1:
             batch.behaviour[:] = np.nan
-        metrics = train_step(policy, ranks, batch, config)
+        metrics = train_step(policy, ranks, batch, config, config.optimizer.learning_rate)
         assert metrics["updates_skipped"] == 1.0, metrics
         assert all(torch.equal(a, b) for a, b in zip(before, policy.engine.scorer.parameters(), strict=True))
-        metrics = train_step(policy, ranks, batch_of(recorded_push()), config)
+        metrics = train_step(policy, ranks, batch_of(recorded_push()), config, config.optimizer.learning_rate)
         assert metrics["updates_skipped"] == 0.0 and np.isfinite(metrics["loss"]), metrics
 
 

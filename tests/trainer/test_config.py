@@ -8,28 +8,28 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from trainer.config import TrainerConfig
+from trainer.config import OptimizerConfig, ScheduleConfig, TrainerConfig
 from trainer.schedule import learning_rate
 
 
-def config(**changes) -> TrainerConfig:
-    return TrainerConfig.model_validate({"steps": 101, "optimizer": {"learning_rate": 1.0}} | changes)
+def rate(step: int, schedule: ScheduleConfig, steps: int = 101) -> float:
+    return learning_rate(step, steps, OptimizerConfig(learning_rate=1.0), schedule)
 
 
 def test_cosine_with_warmup() -> None:
-    c = config(schedule={"warmup_fraction": 0.1, "min_ratio": 0.1})
-    assert [learning_rate(s, c) for s in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
-    assert learning_rate(55, c) == pytest.approx(0.55)
-    assert learning_rate(100, c) == pytest.approx(0.1) and learning_rate(500, c) == pytest.approx(0.1)
-    rates = [learning_rate(s, c) for s in range(10, 101)]
+    c = ScheduleConfig(warmup_fraction=0.1, min_ratio=0.1)
+    assert [rate(s, c) for s in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    assert rate(55, c) == pytest.approx(0.55)
+    assert rate(100, c) == pytest.approx(0.1) and rate(500, c) == pytest.approx(0.1)
+    rates = [rate(s, c) for s in range(10, 101)]
     assert rates == sorted(rates, reverse=True)
 
 
 def test_other_schedules() -> None:
-    linear = config(schedule={"kind": "linear", "warmup_steps": 0, "min_ratio": 0.0})
-    assert [learning_rate(s, linear) for s in (0, 50, 100)] == pytest.approx([1.0, 0.5, 0.0])
-    assert learning_rate(77, config(schedule={"kind": "constant", "warmup_steps": 0})) == 1.0
-    assert learning_rate(0, config(steps=1)) == pytest.approx(1.0)
+    linear = ScheduleConfig(kind="linear", warmup_steps=0, min_ratio=0.0)
+    assert [rate(s, linear) for s in (0, 50, 100)] == pytest.approx([1.0, 0.5, 0.0])
+    assert rate(77, ScheduleConfig(kind="constant", warmup_steps=0)) == 1.0
+    assert rate(0, ScheduleConfig(), steps=1) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(

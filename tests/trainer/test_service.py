@@ -34,7 +34,8 @@ class Trainer:
         self.folder = folder
         self.model = model
         self.ranks = settings.get("processes", 1)
-        self.settings = {"address": f"ipc://{folder}/trainer.sock", "steps": 10, "max_staleness": 2} | settings
+        self.settings = {"address": f"ipc://{folder}/trainer.sock"} | settings
+        self.max_staleness = self.settings.pop("max_staleness", 2)
         self.settings["publish"] = {"poll_s": 0.1} | settings.get("publish", {})
         self.replica = CheckingReplica("replica")
         self.membership = Membership("run")
@@ -46,7 +47,7 @@ class Trainer:
         everything = {
             "trainer": self.settings,
             "model": {"path": str(self.model), "dtype": "float32"},
-            "run": {"name": "run", "dir": str(self.folder)},
+            "run": {"name": "run", "dir": str(self.folder), "steps": 10, "max_staleness": self.max_staleness},
             "orchestrator": address,
         }
         path.write_text(json.dumps(everything))

@@ -22,4 +22,4 @@ def kl_estimate(current_T: Tensor, reference_T: Tensor, kind: Literal["k1", "k2"
         case "k2":
             return difference.square() / 2
         case "k3":
-            return difference.exp() - difference - 1
+            return difference.expm1() - difference  # exp(d) - 1 cancels for the small d of a young policy
