@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,9 @@ from launch.process_tree import adopt_orphans, kill_descendants
 
 SUPERVISOR_VARIABLE = "IGRPO_SUPERVISOR"
 """Environment variable with the supervisor's process id; services die with that process."""
+
+_LAST_WORDS = re.compile(r"(orchestrator|verifier|trainer|rollout server [^ :]+): ")
+"""How the one line begins in which a service says why it cannot go on."""
 
 POLL_S = 60.0
 """Longest wait between two looks at the world; everything that matters wakes the watch by itself."""
@@ -167,5 +171,7 @@ def _reason(error: BaseException) -> str:
 def _obituary(child: Child, code: int) -> str:
     """Name, exit and last lines of a child."""
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    if child.last_lines and _LAST_WORDS.match(child.last_lines[-1]):
+        return f"{child.name} {how}: {child.last_lines[-1]} (log: {child.log_file})"
     lines = "".join(f"\n    {line}" for line in child.last_lines)
     return f"{child.name} {how}; last lines of {child.log_file}:{lines or ' none'}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -84,12 +85,12 @@ class Reporter:
     """Owns the run's metric files. Each line of metrics.jsonl is one step or one evaluation."""
 
     def __init__(self, folder: Path, out: TextIO) -> None:
-        from tensorboardX import SummaryWriter
+        from orchestrator.tensorboard import TensorBoard
 
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._out = folder, out
         self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
+        self._board = TensorBoard(folder / "tensorboard")
 
     def write(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
         """One line: {"kind": step | evaluation, "step": int, …}. Values that are not finite become null."""
@@ -97,11 +98,9 @@ class Reporter:
         try:
             self._lines.write(json.dumps({"kind": kind, "step": step, **clean}) + "\n")
             self._lines.flush()
+            self._board.add(kind, {name: value for name, value in metrics.items() if math.isfinite(value)}, step)
         except OSError as error:
-            raise OSError(error.errno, error.strerror, self._lines.name) from error
-        for name, value in metrics.items():
-            if math.isfinite(value):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+            raise OSError(error.errno, error.strerror, error.filename or self._lines.name) from error
 
     def say(self, line: str) -> None:
         """A line for the terminal."""
@@ -125,17 +124,23 @@ class Reporter:
         """Write summary.json aside, sync, and rename."""
         path = self._folder / "summary.json"
         aside = path.with_suffix(".tmp")
-        with aside.open("w", encoding="utf-8") as file:
-            json.dump({k: _finite(v) for k, v in content.items()}, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+        try:
+            with aside.open("w", encoding="utf-8") as file:
+                json.dump({k: _finite(v) for k, v in content.items()}, file, indent=2)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(path)) from error
         return path
 
     def close(self) -> None:
-        self._lines.close()
-        self._board.close()
+        """Close the files. What a full disk did not take was reported when it was written."""
+        for file in (self._lines, self._board):
+            with contextlib.suppress(OSError):
+                file.close()
 
 
 def _finite(value: Any) -> Any:

@@ -18,7 +18,7 @@ import uvloop
 
 from protocol.clients import OrchestratorClient
 from protocol.config import RunConfig
-from protocol.errors import RefusedError, UnavailableError
+from protocol.errors import InternalError, RefusedError, UnavailableError
 from protocol.http import HttpStatus
 from protocol.messages import (
     FinishReply,
@@ -128,6 +128,11 @@ class Desk:
     def exported(self, path: Path, version: Version) -> None:
         """The final model lies at `path`; the trainer ends when the orchestrator has been told."""
         self._call(self._on_exported, FinishReply(path=str(path), version=version))
+
+    def fail(self, error: BaseException) -> None:
+        """Training cannot go on: whoever waits for a result hears why, before `close`."""
+        if self._thread.is_alive() and self._failure is None:
+            self._call(self._on_failed, f"{type(error).__name__}: {error}")
 
     def close(self) -> None:
         """End the service and its thread."""
@@ -260,6 +265,13 @@ class Desk:
         self._results.pop(step - RESULTS_KEPT, None)
         self._set_state("waiting")
         self._revision.bump()
+
+    def _on_failed(self, reason: str) -> None:
+        self._set_state("failed")
+        for waiting in [*self._results.values(), self._finished]:
+            if waiting is not None and not waiting.done():
+                waiting.set_exception(InternalError(f"the trainer failed: {reason}"))
+                waiting.exception()  # nobody may be waiting; then nobody need hear of it
 
     def _on_exported(self, reply: FinishReply) -> None:
         assert self._finished is not None

@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from trainer.gather import Bucket
@@ -28,7 +29,10 @@ class SafetensorsFolder:
     def add(self, bucket: Bucket) -> None:
         """Write one shard. Raises OSError if the disk is full; then call `abandon`."""
         path = self.partial / self._shard(len(self._shards))
-        save_file(dict(bucket), path, metadata={"format": "pt"})
+        try:
+            save_file(dict(bucket), path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{path}: {error}") from error
         _sync(path)
         self._shards.append([name for name, _ in bucket])
         self._bytes += sum(tensor.nbytes for _, tensor in bucket)

@@ -73,6 +73,10 @@ def _run(config: TrainerConfig, model: ModelConfig, run: RunConfig, orchestrator
             )
             announce("trainer", desk.address)
         run_loop(policy, ranks, desk, config, run.steps, version)
+    except Exception as error:
+        if desk:
+            desk.fail(error)
+        raise
     finally:
         if desk:
             desk.close()
