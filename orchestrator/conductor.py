@@ -302,8 +302,12 @@ class Conductor:
 
     async def _evaluate_during(self, step: int) -> None:
         """A small evaluation beside training; it reports the versions that it saw."""
-        result = await self._evaluate(self._heldout[: self._config.evaluation.prompts_during], 0)
-        self._note(step, result)
+        try:
+            result = await self._evaluate(self._heldout[: self._config.evaluation.prompts_during], 0)
+        except ProtocolError as error:
+            log.warning("evaluation during training, at step %d, failed: %s", step, error)
+        else:
+            self._note(step, result)
 
     async def _evaluate_all(self, when: str) -> Evaluation | None:
         """The evaluation before or after training, on one version."""

@@ -138,8 +138,11 @@ class Pipeline:
         return self.next_step + ahead // self.rules.prompts_per_step
 
     def may_refine(self, key: Key, served_step: int) -> bool:
-        """Whether refinements sampled at `served_step` are fresh enough for the step they will be trained at."""
-        return self.target_step(key) - served_step <= self.rules.max_staleness
+        """Whether refinements sampled at `served_step` are fresh enough for the step they will be trained at.
+
+        False for a group that has left: its request may still wait for a replica while its task is being stopped.
+        """
+        return key in self.groups and self.target_step(key) - served_step <= self.rules.max_staleness
 
     def may_draft(self, key: Key, served_step: int) -> bool:
         """Drafts carry no gradient, so any policy will do; with S = 0 both stages wait for the published one."""

@@ -112,9 +112,11 @@ class Reporter:
         def number(name: str, form: str) -> str:
             return format(m[name], form) if name in m and math.isfinite(m[name]) else "-"
 
+        name = "refine_accuracy" if "refine_accuracy" in m else "plain_group_accuracy"
+        trained = f"{'refine' if name == 'refine_accuracy' else 'group'} {number(name, '.3f')}"
         self.say(
             f"step {step:>4}/{total}  v{version}  draft {number('draft_accuracy', '.3f')}  "
-            f"refine {number('refine_accuracy', '.3f')}  plain {number('plain_accuracy', '.3f')}  "
+            f"{trained}  plain {number('plain_accuracy', '.3f')}  "
             f"active {number('active_groups', '.2f')}  lag {number('lag_mean', '.2f')}  "
             f"{number('tokens_per_second', '.0f')} tok/s  {number('step_seconds', '.1f')} s "
             f"(trainer waits {number('seconds_wait', '.1f')}, works {number('seconds_step', '.1f')})"
