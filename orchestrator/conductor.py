@@ -12,8 +12,8 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Awaitable, Sequence
+from typing import Any, TypeVar
 
 from orchestrator.config import OrchestratorConfig
 from orchestrator.data import DataOrder, Key, Problem
@@ -26,10 +26,12 @@ from orchestrator.report import Reporter, group_metrics
 from protocol.clients import TrainerClient
 from protocol.config import RunConfig
 from protocol.errors import DeadlineError, InternalError, ProtocolError
-from protocol.messages import PushReceived, PushRequest, StepDone, TrainerHello, TrainerState, Version
+from protocol.messages import PushRequest, StepDone, TrainerHello, TrainerState, Version
 from protocol.revision import Revision
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 IDLE_S = 1.0  # the loop looks again this often even if nothing was reported, for timers and lost hints
 SILENCE_S = 30.0  # say so when nothing moved for so long
@@ -82,10 +84,16 @@ class Conductor:
         self.version = Version(0, 0)
         self.state = "starting"
         self.revision = Revision()
+        self._push_turn = asyncio.Lock()
+        self._progress = 0
+        self._abandoned_in_a_row = 0
+        self._served_at = time.monotonic()
         self._max_lag = 0
         self._groups_trained = 0
         self._tokens = 0
+        self._wasted_tokens = 0
         self._plain_accuracy: float | None = None
+        self._evaluating = False
         self._step_ended = time.monotonic()
 
     def changed(self) -> None:
@@ -107,9 +115,11 @@ class Conductor:
         self.state, self._step_ended = "training", training
         await self._train()
         trained = time.monotonic()
-        after = await self._evaluate_all("after")
-        self.state = "exporting"
-        export = await self._trainer.finish(timeout_s=self._config.deadlines.step_s)
+        try:
+            after = await self._evaluate_all("after")
+        finally:  # whatever became of the evaluation, the trained model is kept
+            self.state = "exporting"
+            export = await self._trainer.finish(timeout_s=self._config.deadlines.step_s)
         return self._summary(before, after, export.path, started, training, trained)
 
     async def _hello(self) -> TrainerState:
@@ -150,26 +160,59 @@ class Conductor:
         self._event.clear()
 
     async def _train(self) -> None:
-        quiet_since = time.monotonic()
+        quiet_since = self._served_at = time.monotonic()
         while not self.pipeline.finished:
+            self._check_served(max(0, self.version.step - self._run.max_staleness))
             self._admit()
             wake = self._carry_out(time.monotonic())
             self._dispatcher.pump()
             if self._failure is not None:
                 raise self._failure
             if not self.pipeline.groups and not self._order.left:
+                if not self.pipeline.completed_steps:
+                    raise InternalError(f"the data ended before the first step: {self._reasons()}")
                 log.warning("the data ended after %d of %d steps", self.pipeline.completed_steps, self._run.steps)
                 break
-            revision = self.revision.value
+            progress = self._progress
             await self._pause(min(IDLE_S, max(0.01, wake - time.monotonic())) if wake is not None else IDLE_S)
-            if self.revision.value != revision or not self.pipeline.groups:
+            if self._progress != progress or not self.pipeline.groups:
                 quiet_since = time.monotonic()
             elif time.monotonic() - quiet_since > SILENCE_S:
                 quiet_since = time.monotonic()
                 self._reporter.say(f"waiting: {self._where()}")
-        await asyncio.gather(*self._background)
+        for key in list(self._prompts):  # prompts of an epoch whose last batch was dropped
+            self._stop(key)
+        await self._while_served(asyncio.gather(*self._background), 0)
         if self._failure is not None:
             raise self._failure
+
+    def _check_served(self, step: int) -> None:
+        """Raise DeadlineError once nobody has served `step` or later for publish_s."""
+        if self._served(step):
+            self._served_at = time.monotonic()
+        elif time.monotonic() - self._served_at > self._config.deadlines.publish_s:
+            raise DeadlineError(
+                f"for {self._config.deadlines.publish_s:.0f} s no rollout server has served version "
+                f"{self.version.incarnation}.{step} or later; {self._where()}"
+            )
+
+    async def _while_served(self, work: Awaitable[T], step: int) -> T:
+        """The result of `work`, which needs a rollout server that serves `step` or later."""
+        future, self._served_at = asyncio.ensure_future(work), time.monotonic()
+        try:
+            while not future.done():
+                await asyncio.wait({future}, timeout=IDLE_S)
+                self._dispatcher.pump()
+                self._check_served(step)
+            return future.result()
+        finally:
+            future.cancel()
+            await asyncio.gather(future, return_exceptions=True)
+
+    def _reasons(self) -> str:
+        """Why prompts left without being trained, most frequent first."""
+        ended = Counter(reason for stage, reason in self.pipeline.terminal.values() if stage is not Stage.TRAINED)
+        return "; ".join(f"{count} × {reason}" for reason, count in ended.most_common(3)) or "nothing was admitted"
 
     def _where(self) -> str:
         """Where prompts and replicas stand, for people."""
@@ -200,9 +243,25 @@ class Conductor:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._failure = self._failure or error
         if key not in self.pipeline.groups:
-            self._records.pop(key, None)
-        self.revision.bump()
+            self._forget(key)
+        self._progress += 1
         self.changed()
+
+    def _forget(self, key: Key) -> None:
+        """The prompt has left without being trained."""
+        record = self._records.pop(key, None)
+        if record is not None:
+            self._tokens += record.tokens
+            self._wasted_tokens += record.tokens
+        stage, reason = self.pipeline.terminal.get(key, (None, ""))
+        if stage is not Stage.ABANDONED or reason in ("bad_reference", "stale"):
+            return
+        self._abandoned_in_a_row += 1
+        limit = (self._run.max_staleness + 1) * self._config.prompts_per_step
+        if self._abandoned_in_a_row >= limit:
+            self._failure = self._failure or InternalError(
+                f"{self._abandoned_in_a_row} prompts in a row were abandoned, the last because of: {reason}"
+            )
 
     def _carry_out(self, now: float) -> float | None:
         """Do what the pipeline decides; returns when to ask again at the latest (monotonic seconds)."""
@@ -215,11 +274,11 @@ class Conductor:
                     self._stop(key)
                     record = self._records[key]
                     if self.pipeline.next_step - record.draft_step > self._config.max_draft_age:
-                        record.chosen, record.drafts, record.refused = None, {}, set()
+                        record.forget_drafts()
                     self._start(key)
                 case Leave(key):
                     self._stop(key)
-                    self._records.pop(key, None)
+                    self._forget(key)
                 case WakeAt(at):
                     wake = at
         return wake
@@ -251,11 +310,14 @@ class Conductor:
         metrics = group_metrics(records, step, oldest)
         request = PushRequest(incarnation=self.version.incarnation, step=step, groups=groups)
         timeout_s = config.deadlines.step_s * (self._run.max_staleness + 2)
-        async with contextlib.aclosing(self._trainer.push(request, timeout_s=timeout_s)) as replies:
+        async with (
+            contextlib.AsyncExitStack() as turn,
+            contextlib.aclosing(self._trainer.push(request, timeout_s=timeout_s)) as replies,
+        ):
+            await turn.enter_async_context(self._push_turn)  # the trainer takes batches in the order of their steps
             async for reply in replies:
-                if isinstance(reply, PushReceived):
-                    log.debug("batch of step %d received", step)
-                else:
+                await turn.aclose()
+                if isinstance(reply, StepDone):
                     self._step_done(step, reply, metrics, records)
                     return
         raise InternalError(f"the trainer did not finish step {step}")
@@ -265,10 +327,13 @@ class Conductor:
         for key in self.pipeline.step_done(step):
             self._records.pop(key, None)
         self.version = reply.version
+        self._progress += 1
+        self._abandoned_in_a_row = 0
         self.revision.bump()
         seconds, self._step_ended = now - self._step_ended, now
-        tokens = metrics["draft_tokens"] + metrics["refine_tokens"] + metrics["wasted_tokens"]
-        self._tokens += int(tokens)
+        tokens = sum(record.tokens for record in records)
+        self._tokens += tokens
+        self._wasted_tokens += sum(record.wasted_tokens for record in records)
         self._groups_trained += len(records)
         self._max_lag = max(self._max_lag, int(metrics["lag_max"]))
         metrics = {
@@ -284,7 +349,9 @@ class Conductor:
         self._reporter.write("step", reply.version.step, metrics)
         self._reporter.step_line(reply.version.step, self._run.steps, version, metrics)
         every = self._config.evaluation.every_steps
-        if self._heldout and every and reply.version.step % every == 0 and not self.pipeline.finished:
+        due = every and reply.version.step % every == 0 and not self.pipeline.finished
+        if self._heldout and due and not self._evaluating:
+            self._evaluating = True
             self._in_background(self._evaluate_during(reply.version.step))
         self.changed()
 
@@ -308,6 +375,8 @@ class Conductor:
             log.warning("evaluation during training, at step %d, failed: %s", step, error)
         else:
             self._note(step, result)
+        finally:
+            self._evaluating = False
 
     async def _evaluate_all(self, when: str) -> Evaluation | None:
         """The evaluation before or after training, on one version."""
@@ -316,7 +385,7 @@ class Conductor:
         self.state = f"evaluating ({when})"
         await self._wait_for_replica(self.version.step)
         limit = self._config.evaluation.prompts or len(self._heldout)
-        result = await self._evaluate(self._heldout[:limit], self.version.step)
+        result = await self._while_served(self._evaluate(self._heldout[:limit], self.version.step), self.version.step)
         if result.versions != {self.version}:
             raise InternalError(
                 f"evaluation {when} training saw versions {sorted(result.versions)}, not {self.version}"
@@ -373,6 +442,7 @@ class Conductor:
             "wall_seconds": time.monotonic() - started,
             "training_seconds": trained - training,
             "tokens_per_second": self._tokens / max(trained - training, 1e-9),
+            "wasted_token_share": self._wasted_tokens / max(self._tokens, 1),
             "export": export,
         }
 

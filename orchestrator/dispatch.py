@@ -1,7 +1,8 @@
 """Requests to rollout servers: who gets which, when, and what happens when one fails. The shell around membership.
 
 INVARIANTS
-- Waiting requests are served by (priority, order); one that is ready but lacks room holds the line for those behind it.
+- Waiting requests are served by (priority, order); the replicas where one only lacks room are held for it.
+- Up to EVALUATION_SHARE evaluation requests go first, so that an evaluation ends while training goes on.
 - The first result per sample index wins; only indexes that are still missing are issued again elsewhere.
 """
 
@@ -23,6 +24,10 @@ from protocol.messages import DraftRequest, GenerateRequest, GenerationDone, Ref
 
 REFINE, DRAFT, GENERATE = 0, 1, 2  # priorities: a prompt that is under way goes before a new one
 
+EVALUATION_SHARE = 8
+
+MAX_LOGPROB = 1e-3  # rounding may lift a certain token's log-prob above 0 by so much
+
 LOCAL_CODES = frozenset({ErrorCode.INVALID, ErrorCode.REFUSED, ErrorCode.VERSION_MISMATCH})  # the same everywhere
 
 
@@ -37,10 +42,15 @@ class Ticket:
     prefer: str | None = field(compare=False, default=None)
 
 
-@dataclass(order=True)
+@dataclass(eq=False)
 class _Waiter:
+    """Each is itself only: two evaluations may hold equal tickets."""
+
     ticket: Ticket
-    future: asyncio.Future[Replica] = field(compare=False)
+    future: asyncio.Future[Replica]
+
+    def __lt__(self, other: _Waiter) -> bool:
+        return self.ticket < other.ticket
 
 
 @dataclass(frozen=True)
@@ -61,23 +71,27 @@ class Dispatcher:
         self._max_tries = max_tries
         self._clock = clock
         self._waiting: list[_Waiter] = []
+        self._evaluating = 0
         self._timer: asyncio.TimerHandle | None = None
 
     def pump(self) -> None:
         """Serve whoever can be served. Call whenever a version, a replica or the pipeline changed."""
         now = self._clock()
-        for waiter in list(self._waiting):
-            if waiter.future.done():
-                self._waiting.remove(waiter)
-                continue
+        self._waiting = [waiter for waiter in self._waiting if not waiter.future.done()]
+        usable = {r.name for r in self.membership.replicas.values() if self.membership.usable(r, self.incarnation, now)}
+        held: set[str] = set()
+        for waiter in self._line():
+            if held >= usable:
+                break
             ticket = waiter.ticket
-            replica = self._pick(ticket, now)
+            replica = self._pick(ticket, now, held)
             if replica is not None:
                 replica.in_flight += ticket.samples
+                self._evaluating += ticket.priority == GENERATE
                 self._waiting.remove(waiter)
                 waiter.future.set_result(replica)
-            elif self._only_lacks_room(ticket, now):
-                break
+            else:
+                held |= {name for name in usable if ticket.fresh(self.membership.replicas[name].version.step)}
         wake = self.membership.next_unblock(now)
         if self._waiting and wake is not None and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(max(0.0, wake - now) + 0.01, self._tick)
@@ -86,20 +100,27 @@ class Dispatcher:
         self._timer = None
         self.pump()
 
-    def _pick(self, ticket: Ticket, now: float) -> Replica | None:
+    def _line(self) -> list[_Waiter]:
+        """Who waits, in the order in which they are served."""
+        first = bisect.bisect_left(self._waiting, GENERATE, key=lambda waiter: waiter.ticket.priority)
+        ahead = first + max(0, EVALUATION_SHARE - self._evaluating)
+        return [*self._waiting[first:ahead], *self._waiting[:first], *self._waiting[ahead:]]
+
+    def _pick(self, ticket: Ticket, now: float, held: set[str]) -> Replica | None:
         return self.membership.pick(
-            ticket.samples, incarnation=self.incarnation, fresh=ticket.fresh, prefer=ticket.prefer, now=now
+            ticket.samples, incarnation=self.incarnation, fresh=ticket.fresh, prefer=ticket.prefer, now=now, held=held
         )
 
-    def _only_lacks_room(self, ticket: Ticket, now: float) -> bool:
-        return any(
-            self.membership.usable(replica, self.incarnation, now) and ticket.fresh(replica.version.step)
-            for replica in self.membership.replicas.values()
-        )
+    def _give_back(self, replica: Replica, ticket: Ticket) -> None:
+        replica.in_flight -= ticket.samples
+        self._evaluating -= ticket.priority == GENERATE
 
     @contextlib.asynccontextmanager
     async def lease(self, ticket: Ticket) -> AsyncIterator[Replica]:
-        """Wait for a replica with room for the request and hold that room. The caller's task bears the deadline."""
+        """Wait for a replica with room for the request and hold that room.
+
+        How long that may take is the conductor's to watch: it ends the run when nobody serves it for publish_s.
+        """
         waiter = _Waiter(ticket, asyncio.get_running_loop().create_future())
         bisect.insort(self._waiting, waiter)
         self.pump()
@@ -107,14 +128,14 @@ class Dispatcher:
             replica = await waiter.future
         except asyncio.CancelledError:
             if waiter.future.done() and not waiter.future.cancelled():
-                waiter.future.result().in_flight -= ticket.samples
+                self._give_back(waiter.future.result(), ticket)
             if waiter in self._waiting:
                 self._waiting.remove(waiter)
             raise
         try:
             yield replica
         finally:
-            replica.in_flight -= ticket.samples
+            self._give_back(replica, ticket)
             self.pump()
 
     async def generate(
@@ -133,18 +154,19 @@ class Dispatcher:
         missing = list(range(ticket.samples))
         tries = 0
         while True:
-            part = Ticket(ticket.priority, ticket.order, len(missing), ticket.fresh, ticket.prefer)
+            wanted = list(missing) or [0]  # all samples came and the last reply did not: one more, for the prompt's ids
+            part = Ticket(ticket.priority, ticket.order, len(wanted), ticket.fresh, ticket.prefer)
             async with self.lease(part) as replica:
                 on_start(replica)
-                wanted, error, done = list(missing), None, None
+                error, done = None, None
                 try:
                     done = await self._stream(replica, request(0, len(wanted)), wanted, missing, timeout_s, on_sample)
-                    self.membership.succeeded(replica.name)
+                    self.membership.succeeded(replica)
                 except ProtocolError as failure:
                     if failure.code in LOCAL_CODES:
                         raise
                     error = failure
-                    self.membership.failed(replica.name, self._clock())
+                    self.membership.failed(replica, self._clock())
             if done is not None and not missing:
                 return Generation(done.prompt_ids, replica.name)
             tries += 1
@@ -195,8 +217,10 @@ class Dispatcher:
             raise InternalError(
                 f"{replica.name} sent {tokens} ids, {len(sample.logprobs)} log-probs, spans to {position}"
             )
-        if not np.isfinite(sample.logprobs).all():
-            raise InternalError(f"{replica.name} sent log-probs that are not finite")
+        if sample.output_ids.dtype != np.int32 or sample.logprobs.dtype != np.float32 or sample.output_ids.min() < 0:
+            raise InternalError(f"{replica.name} sent ids {sample.output_ids.dtype}, log-probs {sample.logprobs.dtype}")
+        if not np.isfinite(sample.logprobs).all() or sample.logprobs.max() > MAX_LOGPROB:
+            raise InternalError(f"{replica.name} sent log-probs that are not finite, or positive")
 
 
 def oldest_step(sample: Sample) -> int:

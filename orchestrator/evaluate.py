@@ -13,7 +13,7 @@ from orchestrator.data import Problem
 from orchestrator.dispatch import GENERATE, Dispatcher, Ticket
 from orchestrator.grading import Grader
 from orchestrator.prompt import sampling_of
-from protocol.errors import ProtocolError
+from protocol.errors import InvalidError, ProtocolError
 from protocol.messages import GenerateRequest, Sample, Verdict, VerdictStatus, Version
 
 
@@ -94,9 +94,13 @@ async def evaluate(
 
         ticket = Ticket(GENERATE, row, config.samples, fresh)
         async with room:
-            await dispatcher.generate(
-                ticket, request, timeout_s=timeout_s, on_start=lambda replica: None, on_sample=on_sample
-            )
+            try:
+                await dispatcher.generate(
+                    ticket, request, timeout_s=timeout_s, on_start=lambda replica: None, on_sample=on_sample
+                )
+            except InvalidError:  # this question cannot be asked (too long); it says nothing about the others
+                result.statuses[VerdictStatus.ERROR.value] += config.samples
+                return
             for index, sample in samples.items():
                 verdict = await grader.grade(sample.text, problem.answer)
                 result.statuses[verdict.status.value] += 1

@@ -49,20 +49,25 @@ class Membership:
         replica.capacity, replica.context_tokens, replica.last_seen = capacity, context_tokens, now
         return replica
 
-    def seen(self, name: str, version: Version, *, ready: bool, now: float) -> None:
-        """An `info` of the replica arrived."""
+    def seen(self, name: str, version: Version, *, ready: bool, now: float) -> bool:
+        """An `info` of the replica arrived. True: it may take work now that it could not take before."""
         replica = self.replicas[name]
+        before = (replica.version, replica.ready, now - replica.last_seen <= self.silent_s)
         replica.version, replica.ready, replica.last_seen = version, ready, now
+        return before != (version, ready, True)
 
-    def failed(self, name: str, now: float) -> None:
-        """A request failed there: exponential back-off with jitter before it gets work again."""
-        replica = self.replicas[name]
+    def failed(self, replica: Replica, now: float) -> None:
+        """A request failed there: exponential back-off with jitter before it gets work again.
+
+        Requests that fail while it backs off already died of the same cause and count as one.
+        """
+        if now < replica.blocked_until:
+            return
         replica.failures += 1
-        pause = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2 ** (replica.failures - 1))
+        pause = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2 ** min(replica.failures - 1, 16))
         replica.blocked_until = now + pause * self.rng.uniform(0.5, 1.0)
 
-    def succeeded(self, name: str) -> None:
-        replica = self.replicas[name]
+    def succeeded(self, replica: Replica) -> None:
         replica.failures, replica.blocked_until = 0, 0.0
 
     def usable(self, replica: Replica, incarnation: int, now: float) -> bool:
@@ -82,15 +87,18 @@ class Membership:
         fresh: Callable[[int], bool],
         prefer: str | None,
         now: float,
+        held: frozenset[str] | set[str] = frozenset(),
     ) -> Replica | None:
         """The replica for a request of `samples` completions: the preferred one if it has room, else the least loaded.
 
-        `fresh(step)`: whether weights of that step will do. None: nobody can take it now.
+        `fresh(step)`: whether weights of that step will do. held: replicas that somebody before it in the line waits
+        for. None: nobody can take it now.
         """
         able = [
             replica
             for replica in self.replicas.values()
-            if self.usable(replica, incarnation, now)
+            if replica.name not in held
+            and self.usable(replica, incarnation, now)
             and fresh(replica.version.step)
             and (replica.in_flight == 0 or replica.in_flight + samples <= replica.capacity)
         ]

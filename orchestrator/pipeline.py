@@ -109,6 +109,7 @@ class Pipeline:
     _admitted: int = 0
     _completed: int = 0
     _blocked_since: dict[Key, float] = field(default_factory=dict)
+    _line: dict[Key, int] | None = None
 
     # -- queries -----------------------------------------------------------------------------------------------------
 
@@ -132,10 +133,27 @@ class Pipeline:
         return len(self.groups) < min(window, wanted)
 
     def target_step(self, key: Key) -> int:
-        """The step that `key` will be trained at if nothing ahead of it leaves: the batches before it are full."""
-        order = self.groups[key].order
-        ahead = sum(1 for group in self.groups.values() if group.stage is not Stage.PUSHED and group.order < order)
-        return self.next_step + ahead // self.rules.prompts_per_step
+        """The step that `key` will be trained at if nothing ahead of it leaves."""
+        if self._line is None:
+            self._line = self._line_up()
+        return self.next_step + self._line[key]
+
+    def _line_up(self) -> dict[Key, int]:
+        """Batches ahead of each group that is not pushed: they fill up in order, within epochs where that counts."""
+        rules, line = self.rules, dict[Key, int]()
+        carry = rules.last_batch is LastBatch.CARRY
+        batch = filled = 0
+        epoch: int | None = None
+        waiting = [group for group in self.groups.values() if group.stage is not Stage.PUSHED]
+        for group in sorted(waiting, key=lambda g: (0 if carry else g.key[0], g.order)):
+            new_epoch = not carry and filled > 0 and group.key[0] != epoch
+            if filled == rules.prompts_per_step or (new_epoch and rules.last_batch is LastBatch.SHORT):
+                batch, filled = batch + 1, 0
+            elif new_epoch:
+                filled = 0
+            line[group.key] = batch
+            filled, epoch = filled + 1, group.key[0]
+        return line
 
     def may_refine(self, key: Key, served_step: int) -> bool:
         """Whether refinements sampled at `served_step` are fresh enough for the step they will be trained at.
@@ -158,6 +176,7 @@ class Pipeline:
         self.attempts[key] += 1
         group = self.groups[key] = Group(key, self._admitted)
         self._admitted += 1
+        self._line = None
         return group
 
     def move(self, key: Key, stage: Stage, *, step: int | None = None) -> None:
@@ -177,6 +196,7 @@ class Pipeline:
         """All refinements are graded; `oldest_step` is that of their oldest token."""
         group = self._open(key)
         group.stage, group.step = Stage.READY, oldest_step
+        self._blocked_since.pop(key, None)
 
     def leave(self, key: Key, stage: Stage, reason: str) -> None:
         """A terminal stage other than trained."""
@@ -237,6 +257,7 @@ class Pipeline:
             for key in keys:
                 self.groups[key].stage = Stage.PUSHED
             self._pushed[self.next_step] = keys
+            self._line = None
             actions.append(Dispatch(self.next_step, keys))
             self.next_step += 1
             actions += [self._restart(group) for group in self._in_flight() if self._expires(group, self.next_step - 1)]
@@ -306,6 +327,7 @@ class Pipeline:
 
     def _forget(self, key: Key) -> None:
         del self.groups[key]
+        self._line = None
         self._blocked_since.pop(key, None)
 
 

@@ -54,6 +54,7 @@ class Record:
     chosen: Graded | None = None
     refused: set[int] = field(default_factory=set)
     draft_step: int = 0
+    refine_step: int = 0
     replica: str | None = None
     refinements: dict[int, Graded] = field(default_factory=dict)
     prompt_ids: np.ndarray | None = None
@@ -65,9 +66,22 @@ class Record:
         """The refinements that take part in the group, by sample index."""
         return {index: graded for index, graded in sorted(self.refinements.items()) if graded.reward is not None}
 
+    @property
+    def tokens(self) -> int:
+        """All tokens that were sampled for it, wasted ones included."""
+        return self.wasted_tokens + _tokens(self.drafts) + _tokens(self.refinements)
+
     def forget_refinements(self) -> None:
-        self.wasted_tokens += sum(len(graded.sample.output_ids) for graded in self.refinements.values())
+        self.wasted_tokens += _tokens(self.refinements)
         self.refinements, self.prompt_ids = {}, None
+
+    def forget_drafts(self) -> None:
+        self.wasted_tokens += _tokens(self.drafts)
+        self.chosen, self.drafts, self.refused = None, {}, set()
+
+
+def _tokens(graded: dict[int, Graded]) -> int:
+    return sum(len(one.sample.output_ids) for one in graded.values())
 
 
 def sampling_of(config: SamplingConfig) -> Sampling:
@@ -135,14 +149,15 @@ class PromptRunner:
     async def _draft(self, record: Record) -> bool:
         """Sample, grade and choose. False: the prompt has left the pipeline."""
         config, key, started = self._config, record.key, time.monotonic()
-        sampling = sampling_of(config.draft_sampling)
+        sampling, record.replica = sampling_of(config.draft_sampling), None
 
         def request(first: int, n: int) -> DraftRequest:
             messages = list(record.problem.messages)
             return DraftRequest(n=n, sampling=sampling, messages=messages, first_index=first, group=_group_name(key))
 
         def on_start(replica: Replica) -> None:
-            record.draft_step, record.replica = replica.version.step, replica.name
+            record.draft_step = min(record.draft_step, replica.version.step) if record.replica else replica.version.step
+            record.replica = replica.name
 
         record.drafts = await self._sample_and_grade(
             record,
@@ -154,6 +169,8 @@ class PromptRunner:
         self._pipeline.move(key, Stage.SELECTING)
         if any(bad_reference(graded.verdict) for graded in record.drafts.values()):
             return self._give_up(record, "bad_reference")
+        if self._pipeline.next_step - record.draft_step > config.max_draft_age:
+            return self._give_up(record, "its drafts took longer than max_draft_age")
         record.chosen = self._choose(record)
         return record.chosen is not None or self._give_up(record, "no graded draft")
 
@@ -214,6 +231,7 @@ class PromptRunner:
 
         def on_start(replica: Replica) -> None:
             self._pipeline.move(key, Stage.REFINING, step=replica.version.step)
+            record.refine_step = replica.version.step
 
         record.refinements = await self._sample_and_grade(
             record,
@@ -251,6 +269,27 @@ class PromptRunner:
     ) -> dict[int, Graded]:
         """All samples of a request with their verdicts; grading starts with the first sample that ends."""
         samples: dict[int, Sample] = {}
+        try:
+            verdicts = await self._stream(record, ticket, request, on_start, samples)
+        except BaseException:
+            record.wasted_tokens += sum(len(sample.output_ids) for sample in samples.values())
+            raise
+        graded = {}
+        for index, sample in samples.items():
+            reward = reward_of(verdicts[index], self._config.reward)
+            graded[index] = Graded(sample, verdicts[index], reward)
+        return graded
+
+    async def _stream(
+        self,
+        record: Record,
+        ticket: Ticket,
+        request: Callable[[int, int], DraftRequest],
+        on_start: Callable[[Replica], None],
+        samples: dict[int, Sample],
+    ) -> dict[int, Verdict]:
+        """Fill `samples` as they end and grade each at once; returns the verdicts by sample index."""
+        failure: ProtocolError | None = None
         async with asyncio.TaskGroup() as tasks:
             verdicts: dict[int, asyncio.Task[Verdict]] = {}
 
@@ -267,22 +306,16 @@ class PromptRunner:
                     on_sample=on_sample,
                 )
             except ProtocolError as error:
-                failure: ProtocolError | None = error
+                failure = error
                 for task in verdicts.values():
                     task.cancel()
             else:
-                failure = None
                 record.prompt_ids = generation.prompt_ids
                 if ticket.priority == REFINE:
                     self._pipeline.move(record.key, Stage.GRADING)
         if failure is not None:
-            record.wasted_tokens += sum(len(sample.output_ids) for sample in samples.values())
             raise failure
-        graded = {}
-        for index, sample in samples.items():
-            verdict = verdicts[index].result()
-            graded[index] = Graded(sample, verdict, reward_of(verdict, self._config.reward))
-        return graded
+        return {index: task.result() for index, task in verdicts.items()}
 
     def _order(self, key: Key) -> int:
         return self._pipeline.groups[key].order

@@ -17,13 +17,19 @@ log = logging.getLogger(__name__)
 POLL_MS = 2_000
 POLL_TIMEOUT_S = 6.0
 RETRY_S = 0.5
+FORGET_S = 600.0  # a replica that has been silent for so long is no member any more
 
 
 class ReplicaWatch:
-    """One task per replica. `changed` is called after everything that may let a waiting request go."""
+    """One task per replica. `changed` is called after everything that may let a waiting request go; `members_changed`
 
-    def __init__(self, dispatcher: Dispatcher, changed: Callable[[], None]) -> None:
-        self._dispatcher, self._changed = dispatcher, changed
+    when somebody joined or left.
+    """
+
+    def __init__(
+        self, dispatcher: Dispatcher, changed: Callable[[], None], members_changed: Callable[[], None]
+    ) -> None:
+        self._dispatcher, self._changed, self._members_changed = dispatcher, changed, members_changed
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     def hello(self, body: ReplicaHello) -> ReplicaWelcome:
@@ -36,6 +42,7 @@ class ReplicaWatch:
             old_task, old_client = self._tasks.pop(body.name, None), clients.get(body.name)
             client = clients[body.name] = RolloutClient(body.address, name="orchestrator")
             self._tasks[body.name] = asyncio.create_task(self._follow(body.name, client, old_task, old_client))
+            self._members_changed()
         return ReplicaWelcome(accepted=True)
 
     async def _follow(
@@ -52,13 +59,22 @@ class ReplicaWatch:
             except ProtocolError as error:
                 log.warning("replica %s does not answer: %s", name, error)
                 known = None
+                if time.monotonic() - membership.replicas[name].last_seen > FORGET_S:
+                    await self._forget(name, client)
+                    return
                 await asyncio.sleep(RETRY_S)
                 continue
-            changed = known != info.revision
             known = info.revision
-            membership.seen(name, info.version, ready=info.state == "ready", now=time.monotonic())
-            if changed:
+            if membership.seen(name, info.version, ready=info.state == "ready", now=time.monotonic()):
                 self._changed()
+
+    async def _forget(self, name: str, client: RolloutClient) -> None:
+        log.warning("replica %s has been silent for %.0f s and is forgotten", name, FORGET_S)
+        self._dispatcher.membership.replicas.pop(name, None)
+        self._dispatcher.clients.pop(name, None)
+        self._tasks.pop(name, None)
+        self._members_changed()
+        await client.close()
 
     async def close(self) -> None:
         for task in self._tasks.values():

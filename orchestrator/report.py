@@ -30,7 +30,7 @@ def group_metrics(records: list[Record], target_step: int, oldest_steps: list[in
     ]
     metrics: dict[str, float | None] = {
         "draft_accuracy": _accuracy(drafts),
-        "best_draft_accuracy": mean([max(_correct(g) for g in r.drafts.values()) for r in records if r.drafts]),
+        "best_draft_accuracy": mean([max(map(_correct, graded)) for graded in map(_graded, records) if graded]),
         "chosen_draft_accuracy": mean([_correct(r.chosen) for r in records if r.chosen is not None]),
         "refine_accuracy": _accuracy(refinements),
         "plain_group_accuracy": _accuracy(plain),
@@ -39,7 +39,7 @@ def group_metrics(records: list[Record], target_step: int, oldest_steps: list[in
         "reward_mean": mean([reward for rewards in groups for reward in rewards]),
         "lag_mean": mean([float(lag) for lag in lags]),
         "lag_max": float(max(lags)),
-        "draft_age_mean": mean([float(target_step - r.draft_step) for r in records if r.chosen is not None]),
+        "draft_age_mean": mean([float(r.refine_step - r.draft_step) for r in records if r.chosen is not None]),
         "groups": float(len(records)),
         "samples": float(sum(map(len, groups))),
         "draft_tokens": float(sum(len(g.sample.output_ids) for g in drafts)),
@@ -55,6 +55,11 @@ def group_metrics(records: list[Record], target_step: int, oldest_steps: list[in
         },
     }
     return {name: value for name, value in metrics.items() if value is not None}
+
+
+def _graded(record: Record) -> list[Graded]:
+    """The drafts with a verdict that says anything about them."""
+    return [draft for draft in record.drafts.values() if draft.verdict.status is not VerdictStatus.ERROR]
 
 
 def _correct(graded: Graded) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 
@@ -14,14 +15,16 @@ FORMATTED = frozenset({VerdictStatus.CORRECT, VerdictStatus.WRONG})
 def reward_of(verdict: Verdict, config: RewardConfig) -> float | None:
     """Weighted sum of the verdict's score (`accuracy`) and parts; None if the sample leaves its group.
 
-    `error` always leaves. `timeout` leaves or scores 0 by `config.timeout`. Parts without a weight count nothing.
+    `error` and scores that are not finite always leave. `timeout` leaves or scores 0 by `config.timeout`. Parts without
+    a weight count nothing.
     """
     if verdict.status is VerdictStatus.ERROR:
         return None
     if verdict.status is VerdictStatus.TIMEOUT:
         return None if config.timeout is TimeoutPolicy.DROP else 0.0
     parts = {**verdict.parts, "accuracy": verdict.score}
-    return sum(weight * parts.get(name, 0.0) for name, weight in config.weights.items())
+    reward = sum(weight * parts.get(name, 0.0) for name, weight in config.weights.items())
+    return reward if math.isfinite(reward) else None
 
 
 def bad_reference(verdict: Verdict) -> bool:

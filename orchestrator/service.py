@@ -82,7 +82,7 @@ async def _serve(
             reporter=reporter,
         )
         stack.push_async_callback(conductor.close)
-        watch = ReplicaWatch(dispatcher, conductor.changed)
+        watch = ReplicaWatch(dispatcher, conductor.changed, conductor.revision.bump)
         stack.push_async_callback(watch.close)
         server = Server(
             "orchestrator",

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from protocol.clients import OrchestratorClient
+from protocol.errors import RefusedError
 from protocol.messages import (
     DraftRequest,
     FinishReason,
@@ -171,6 +172,7 @@ class FakeTrainer:
     replicas: list[FakeRollout]
     pushes: list[PushRequest] = field(default_factory=list)
     on_step: Callable[[int], None] = lambda step: None
+    on_push: Callable[[int], None] = lambda step: None
     gate: Callable[[int], asyncio.Event | None] = lambda step: None
 
     async def start(self, address: str) -> str:
@@ -193,7 +195,10 @@ class FakeTrainer:
         )
 
     async def _push(self, call: Call, body: PushRequest) -> StepDone:
+        if body.step != len(self.pushes):
+            raise RefusedError(f"push is for step {body.step}, the next one is {len(self.pushes)}")
         self.pushes.append(body)
+        self.on_push(body.step)
         await call.reply(PushReceived(step=body.step))
         async with self._turn:
             await self._turn.wait_for(lambda: self.version.step == body.step)

@@ -70,6 +70,7 @@ def verdict(status: VerdictStatus, score: float = 0.0, **parts: float) -> Verdic
 def test_an_error_is_never_a_zero_and_a_timeout_follows_its_policy() -> None:
     config = RewardConfig(weights={"accuracy": 1.0, "format": 0.5}, timeout=TimeoutPolicy.DROP, shuffle=False)
     assert reward_of(verdict(VerdictStatus.ERROR, 1.0), config) is None
+    assert reward_of(verdict(VerdictStatus.CORRECT, float("nan")), config) is None
     assert reward_of(verdict(VerdictStatus.TIMEOUT), config) is None
     zero = config.model_copy(update={"timeout": TimeoutPolicy.ZERO})
     assert reward_of(verdict(VerdictStatus.TIMEOUT), zero) == 0.0
@@ -149,7 +150,7 @@ def test_the_least_loaded_replica_gets_work_and_the_preferred_one_first() -> Non
 
 def test_silent_failed_stale_and_foreign_replicas_get_nothing() -> None:
     membership = fleet()
-    membership.failed("a", 1.0)
+    membership.failed(membership.replicas["a"], 1.0)
     membership.seen("b", Version(2, 5), ready=True, now=1.0)
     assert pick(membership) is None
     assert pick(membership, now=3.0) == "a", "its back-off has ended"
@@ -158,12 +159,22 @@ def test_silent_failed_stale_and_foreign_replicas_get_nothing() -> None:
     assert pick(membership, now=3.0, low=5) == "b"
 
 
-def test_back_off_grows_and_ends_with_success() -> None:
+def test_back_off_grows_counts_what_fails_together_once_and_ends_with_success() -> None:
     membership = fleet()
-    pauses = []
-    for _ in range(12):
-        membership.failed("a", 0.0)
-        pauses.append(membership.replicas["a"].blocked_until)
-    assert pauses[0] <= 0.5 and max(pauses) <= 30.0 and pauses[-1] >= 15.0
-    membership.succeeded("a")
-    assert membership.replicas["a"].blocked_until == 0.0
+    replica = membership.replicas["a"]
+    pauses, now = [], 0.0
+    for _ in range(2000):
+        for _ in range(5):
+            membership.failed(replica, now)
+        pauses.append(replica.blocked_until - now)
+        now = replica.blocked_until
+    assert replica.failures == 2000
+    assert 0.25 <= pauses[0] <= 0.5 and max(pauses) <= 30.0 and pauses[-1] >= 15.0
+    membership.succeeded(replica)
+    assert replica.blocked_until == 0.0 and replica.failures == 0
+
+
+def test_a_replica_that_is_held_for_somebody_else_is_not_given_away() -> None:
+    membership = fleet()
+    replica = membership.pick(4, incarnation=1, fresh=lambda step: True, prefer="a", now=1.0, held={"a"})
+    assert replica is not None and replica.name == "b"

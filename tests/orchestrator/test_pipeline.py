@@ -113,6 +113,21 @@ def test_no_more_is_admitted_than_the_steps_left_can_train() -> None:
     assert not pipeline.can_admit()
 
 
+def test_the_target_step_knows_that_epochs_end_batches_early() -> None:
+    """Three prompts an epoch, two a batch: with `short` the epochs take two batches each."""
+    keys = [(epoch, index) for epoch in range(2) for index in range(3)]
+    expected = {
+        LastBatch.CARRY: [0, 0, 1, 1, 2, 2],
+        LastBatch.SHORT: [0, 0, 1, 2, 2, 3],
+        LastBatch.DROP: [0, 0, 1, 1, 1, 2],
+    }
+    for policy, steps in expected.items():
+        pipeline = Pipeline(rules(max_staleness=3, last_batch=policy))
+        for key in keys:
+            pipeline.admit(key)
+        assert [pipeline.target_step(key) for key in keys] == steps, policy
+
+
 def test_impossible_transitions_are_refused() -> None:
     pipeline = Pipeline(rules())
     pipeline.admit((0, 0))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +26,17 @@ from orchestrator.replicas import ReplicaWatch
 from orchestrator.report import Reporter
 from protocol.clients import TrainerClient, VerifierClient
 from protocol.config import RunConfig
-from protocol.errors import InvalidError
-from protocol.messages import ChatMessage, PushRequest, ReplicaHello
+from protocol.errors import DeadlineError, InternalError, InvalidError, UnavailableError
+from protocol.messages import (
+    UNVERSIONED,
+    ChatMessage,
+    PushRequest,
+    ReplicaHello,
+    Verdict,
+    VerdictStatus,
+    VerifyReply,
+    Version,
+)
 from tests.fakes import FakeRollout, FakeTrainer, FakeVerifier
 
 DEADLINE_S = 60.0
@@ -43,6 +53,7 @@ class Stage:
     rows: int = 40
     shuffle: bool = False
     changes: dict[str, Any] = field(default_factory=dict)
+    heldout: int = 0
     replicas: list[FakeRollout] = field(default_factory=lambda: [FakeRollout("r0")])
     verifier: FakeVerifier = field(default_factory=FakeVerifier)
 
@@ -76,19 +87,21 @@ class Stage:
                 config,
                 run,
                 problems=[Problem(i, (ChatMessage(role="user", content=str(i)),), str(i)) for i in range(self.rows)],
-                heldout=[],
+                heldout=[Problem(i, (ChatMessage(role="user", content=f"h{i}"),), "") for i in range(self.heldout)],
                 trainer=trainer,
                 grader=Grader(verifier, task="", timeout_s=30.0),
                 dispatcher=dispatcher,
                 reporter=reporter,
             )
             stack.push_async_callback(conductor.close)
-            watch = ReplicaWatch(dispatcher, conductor.changed)
+            watch = ReplicaWatch(dispatcher, conductor.changed, conductor.revision.bump)
             stack.push_async_callback(watch.close)
             for replica in self.replicas:
                 address = await replica.start(f"ipc://{self.folder}/{replica.name}")
                 stack.push_async_callback(replica.server.close)
-                watch.hello(ReplicaHello(name=replica.name, address=address, capacity=64, context_tokens=4096))
+                watch.hello(
+                    ReplicaHello(name=replica.name, address=address, capacity=replica.capacity, context_tokens=4096)
+                )
             yield conductor
 
     async def run(self) -> dict[str, Any]:
@@ -250,3 +263,65 @@ async def test_a_draft_that_the_engine_refuses_makes_way_for_the_next(tmp_path: 
     assert 1 not in {index for _, index in stage.trained()} and len(stage.trained()) == 6
     assert conductor.pipeline.terminal[(0, 1)][0] == "filtered"
     assert all(len(drafts) == 2 for drafts in seen.values())
+
+
+async def test_many_batches_ahead_are_pushed_in_order(tmp_path: Path) -> None:
+    """S = 4: five batches are ready before the first step ends; the trainer takes them one after another."""
+    gate = asyncio.Event()
+    stage = Stage(tmp_path, max_staleness=4, steps=8)
+    async with asyncio.timeout(DEADLINE_S), stage.conductor() as conductor:
+        stage.trainer.on_push = lambda step: gate.set() if step == 4 else None
+        stage.trainer.gate = lambda step: gate if step == 0 else None
+        await conductor.run()
+    assert_sound(stage, stage.trainer.pushes)
+
+
+async def test_an_evaluation_ends_while_training_keeps_the_replica_full(tmp_path: Path) -> None:
+    changes = {"evaluation": {"every_steps": 2, "prompts_during": 6, "prompts": 4, "samples": 2}}
+    stage = Stage(tmp_path, steps=12, heldout=8, changes=changes, replicas=[FakeRollout("r0", capacity=3)])
+    summary = await stage.run()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    kinds = [(line["kind"], line["step"], line.get("prompts")) for line in lines]
+    assert ("evaluation", 0, 4.0) == kinds[0] and ("evaluation", 12, 4.0) == kinds[-1]
+    assert any(kind == "evaluation" and step > 0 and n == 6.0 for kind, step, n in kinds[:-2]), "one ended in between"
+    assert summary["heldout_prompts"] == 4 and summary["gain"] == 0.0, "recorded samples do not improve"
+
+
+async def test_a_replica_that_dies_before_its_last_reply_costs_no_prompt(tmp_path: Path) -> None:
+    failed: set[str] = set()
+
+    class Dying(FakeRollout):
+        async def _sample(self, call: Any, body: Any) -> Any:
+            done = await super()._sample(call, body)
+            if call.kind == "refine" and body.messages[-1].content not in failed:
+                failed.add(body.messages[-1].content)
+                raise UnavailableError("the engine died")
+            return done
+
+    stage = Stage(tmp_path, steps=2, replicas=[Dying("r0"), FakeRollout("r1")])
+    async with asyncio.timeout(DEADLINE_S), stage.conductor() as conductor:
+        await conductor.run()
+    assert failed and len(stage.trained()) == 6
+    assert all(stage == "trained" for stage, _ in conductor.pipeline.terminal.values())
+
+
+async def test_a_run_that_nobody_serves_ends_with_a_reason(tmp_path: Path) -> None:
+    silent = FakeRollout("r0", version=Version(1, 0))
+    stage = Stage(tmp_path, replicas=[silent], changes={"deadlines": {"publish_s": 0.5}})
+    async with asyncio.timeout(DEADLINE_S), stage.conductor() as conductor:
+        stage.trainer.on_step = lambda step: silent.publish(UNVERSIONED) if step >= 2 else None
+        with pytest.raises(DeadlineError, match=r"no rollout server has served version 1\.\d or later.*r0 v0\.0"):
+            await conductor.run()
+
+
+async def test_a_verifier_that_fails_everything_ends_the_run(tmp_path: Path) -> None:
+    class Broken(FakeVerifier):
+        async def _verify(self, call: Any, body: Any) -> Any:
+            items = [Verdict(id=i.id, status=VerdictStatus.ERROR, score=0.0, detail="bad disk") for i in body.items]
+            return VerifyReply(verdicts=items)
+
+    stage = Stage(tmp_path, verifier=Broken(), changes={"max_attempts": 1})
+    async with asyncio.timeout(DEADLINE_S), stage.conductor() as conductor:
+        with pytest.raises(InternalError, match=r"prompts in a row were abandoned.*no graded draft"):
+            await conductor.run()
+    assert not stage.trainer.pushes
