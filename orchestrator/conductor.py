@@ -18,11 +18,12 @@ from typing import Any, TypeVar
 from orchestrator.config import OrchestratorConfig
 from orchestrator.data import DataOrder, Key, Problem
 from orchestrator.dispatch import Dispatcher
-from orchestrator.evaluate import Evaluation, evaluate, paired_gain
+from orchestrator.evaluate import Evaluation, evaluate
 from orchestrator.grading import Grader
 from orchestrator.pipeline import Dispatch, Leave, Pipeline, PipelineRules, Restart, Stage, WakeAt
 from orchestrator.prompt import PromptRunner, Record, train_group
 from orchestrator.report import Reporter, group_metrics
+from orchestrator.summary import Tally, summarise
 from protocol.clients import TrainerClient
 from protocol.config import RunConfig
 from protocol.errors import DeadlineError, InternalError, ProtocolError
@@ -88,10 +89,7 @@ class Conductor:
         self._progress = 0
         self._abandoned_in_a_row = 0
         self._served_at = time.monotonic()
-        self._max_lag = 0
-        self._groups_trained = 0
-        self._tokens = 0
-        self._wasted_tokens = 0
+        self._tally = Tally()
         self._plain_accuracy: float | None = None
         self._evaluating = False
         self._step_ended = time.monotonic()
@@ -105,22 +103,31 @@ class Conductor:
 
     async def run(self) -> dict[str, Any]:
         """Evaluate, train all steps, evaluate again; returns the summary. Raises ProtocolError when it cannot go on."""
-        started = time.monotonic()
+        tally = self._tally
         state = await self._hello()
         self.version = state.version
         self._dispatcher.incarnation = state.version.incarnation
         await self._wait_for_replica(state.version.step)
         before = await self._evaluate_all("before")
-        training = time.monotonic()
-        self.state, self._step_ended = "training", training
+        tally.training = self._step_ended = time.monotonic()
+        self.state = "training"
         await self._train()
-        trained = time.monotonic()
+        tally.trained = time.monotonic()
         try:
             after = await self._evaluate_all("after")
         finally:  # whatever became of the evaluation, the trained model is kept
             self.state = "exporting"
             export = await self._trainer.finish(timeout_s=self._config.deadlines.step_s)
-        return self._summary(before, after, export.path, started, training, trained)
+        return summarise(
+            self._run,
+            self.pipeline,
+            self.version,
+            tally,
+            before=before,
+            after=after,
+            verdicts=self._grader.statuses,
+            export=export.path,
+        )
 
     async def _hello(self) -> TrainerState:
         """The trainer's state, as soon as it answers."""
@@ -251,8 +258,7 @@ class Conductor:
         """The prompt has left without being trained."""
         record = self._records.pop(key, None)
         if record is not None:
-            self._tokens += record.tokens
-            self._wasted_tokens += record.tokens
+            self._tally.lost(record)
         stage, reason = self.pipeline.terminal.get(key, (None, ""))
         if stage is not Stage.ABANDONED or reason in ("bad_reference", "stale"):
             return
@@ -331,11 +337,7 @@ class Conductor:
         self._abandoned_in_a_row = 0
         self.revision.bump()
         seconds, self._step_ended = now - self._step_ended, now
-        tokens = sum(record.tokens for record in records)
-        self._tokens += tokens
-        self._wasted_tokens += sum(record.wasted_tokens for record in records)
-        self._groups_trained += len(records)
-        self._max_lag = max(self._max_lag, int(metrics["lag_max"]))
+        tokens = self._tally.batch(records, int(metrics["lag_max"]))
         metrics = {
             **metrics,
             **reply.metrics,
@@ -409,54 +411,9 @@ class Conductor:
         }
         self._reporter.write("evaluation", step, metrics)
 
-    def _summary(
-        self,
-        before: Evaluation | None,
-        after: Evaluation | None,
-        export: str,
-        started: float,
-        training: float,
-        trained: float,
-    ) -> dict[str, Any]:
-        gain, error = paired_gain(before, after) if before and after else (None, None)
-        ended = self.pipeline.terminal.values()
-        reasons = Counter(f"{stage}: {reason}" for stage, reason in ended if stage is not Stage.TRAINED)
-        return {
-            "name": self._run.name,
-            "seed": self._run.seed,
-            "steps": self.pipeline.completed_steps,
-            "plain_accuracy_before": before.accuracy if before else None,
-            "plain_accuracy_after": after.accuracy if after else None,
-            "gain": gain,
-            "paired_standard_error": error,
-            "heldout_prompts": len(after.scores) if after else 0,
-            "answered_share_before": _answered(before),
-            "answered_share_after": _answered(after),
-            "version": [self.version.incarnation, self.version.step],
-            "max_staleness": self._run.max_staleness,
-            "max_lag": self._max_lag,
-            "groups_trained": self._groups_trained,
-            "prompts": dict(Counter(stage.value for stage, _ in ended)),
-            "prompts_not_trained": dict(reasons.most_common(20)),
-            "verdicts": dict(self._grader.statuses),
-            "wall_seconds": time.monotonic() - started,
-            "training_seconds": trained - training,
-            "tokens_per_second": self._tokens / max(trained - training, 1e-9),
-            "wasted_token_share": self._wasted_tokens / max(self._tokens, 1),
-            "export": export,
-        }
-
     async def close(self) -> None:
         """Stop all tasks."""
         tasks = [*self._prompts.values(), *self._background]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _answered(evaluation: Evaluation | None) -> float | None:
-    """Share of completions with an answer that could be read."""
-    if evaluation is None:
-        return None
-    total = sum(evaluation.statuses.values())
-    return (evaluation.statuses["correct"] + evaluation.statuses["wrong"]) / max(total, 1)
