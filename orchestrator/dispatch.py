@@ -24,7 +24,7 @@ from protocol.messages import DraftRequest, GenerateRequest, GenerationDone, Ref
 
 REFINE, DRAFT, GENERATE = 0, 1, 2  # priorities: a prompt that is under way goes before a new one
 
-EVALUATION_SHARE = 8
+EVALUATION_SHARE = 16
 
 MAX_LOGPROB = 1e-3  # rounding may lift a certain token's log-prob above 0 by so much
 

@@ -20,7 +20,6 @@ def group_metrics(records: list[Record], target_step: int, oldest_steps: list[in
     drafts = [g for record in records for g in record.drafts.values()]
     refinements = [g for record in records if not record.plain for g in record.rewarded().values()]
     plain = [g for record in records if record.plain for g in record.rewarded().values()]
-    groups = [[g.reward or 0.0 for g in record.rewarded().values()] for record in records]
     lags = [target_step - oldest for oldest in oldest_steps]
     copies = [
         float(_answer(graded) == _answer(record.chosen))
@@ -34,21 +33,14 @@ def group_metrics(records: list[Record], target_step: int, oldest_steps: list[in
         "chosen_draft_accuracy": mean([_correct(r.chosen) for r in records if r.chosen is not None]),
         "refine_accuracy": _accuracy(refinements),
         "plain_group_accuracy": _accuracy(plain),
-        "active_groups": mean([float(max(rewards) > min(rewards)) for rewards in groups]),
         "copy_rate": mean(copies),
-        "reward_mean": mean([reward for rewards in groups for reward in rewards]),
         "lag_mean": mean([float(lag) for lag in lags]),
         "lag_max": float(max(lags)),
         "draft_age_mean": mean([float(r.refine_step - r.draft_step) for r in records if r.chosen is not None]),
-        "groups": float(len(records)),
-        "samples": float(sum(map(len, groups))),
         "draft_tokens": float(sum(len(g.sample.output_ids) for g in drafts)),
         "refine_tokens": float(sum(len(g.sample.output_ids) for r in records for g in r.refinements.values())),
         "wasted_tokens": float(sum(record.wasted_tokens for record in records)),
         "cached_share": _cached_share(records),
-        "truncated_share": mean(
-            [float(g.sample.finish_reason != "stop") for r in records for g in r.refinements.values()]
-        ),
         **{
             f"{phase}_seconds": mean([record.seconds[phase] for record in records if phase in record.seconds])
             for phase in ("draft", "refine")
@@ -122,7 +114,7 @@ class Reporter:
         self.say(
             f"step {step:>4}/{total}  v{version}  draft {number('draft_accuracy', '.3f')}  "
             f"{trained}  plain {number('plain_accuracy', '.3f')}  "
-            f"active {number('active_groups', '.2f')}  lag {number('lag_mean', '.2f')}  "
+            f"active {number('active_group_share', '.2f')}  lag {number('lag_mean', '.2f')}  "
             f"{number('tokens_per_second', '.0f')} tok/s  {number('step_seconds', '.1f')} s "
             f"(trainer waits {number('seconds_wait', '.1f')}, works {number('seconds_step', '.1f')})"
         )

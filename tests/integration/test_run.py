@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -93,6 +94,9 @@ def test_streaming_with_bounded_staleness(tmp_path: Path, data: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(summary["export"])
     tokenizer = AutoTokenizer.from_pretrained(summary["export"])
     assert model.config.vocab_size >= len(tokenizer)
+    documented = set(re.findall(r"`([a-z0-9_]+)`", (ROOT / "docs" / "metrics.md").read_text()))
+    for name in {name for line in steps for name in line} - {"kind", "step"}:
+        assert re.sub("_(lag0|stale)$", "", name) in documented, f"docs/metrics.md does not explain {name}"
     names = {"summary.json", "metrics.jsonl", "accuracy.png", "tensorboard", "logs", "export"}
     assert names <= {path.name for path in (tmp_path / "r").iterdir()}
     assert left_over(tmp_path) == []
