@@ -14,6 +14,7 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sysconfig
 import tempfile
@@ -87,14 +88,26 @@ def _compile(compiler: str, library: Path, deadline: float) -> None:
             str(made),
         ]
         try:
-            remaining_s = max(0.1, deadline - time.monotonic())
-            done = subprocess.run(command, capture_output=True, text=True, timeout=remaining_s)
+            returncode, output = _run(command, max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired as error:
             raise BuildError(f"compiling {SOURCE.name} took longer than the deadline") from error
-        if done.returncode:
-            first = next((line for line in done.stderr.splitlines() if "error" in line), "no output")
+        if returncode:
+            first = next((line for line in output.splitlines() if "error" in line), "no output")
             raise BuildError(f"{compiler} failed on {SOURCE.name}: {first}")
         made.replace(library)
+
+
+def _run(command: list[str], timeout_s: float) -> tuple[int, str]:
+    """Exit status and stderr. Whatever ends the wait early ends the driver and the compilers that it started."""
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            _, output = process.communicate(timeout=timeout_s)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return process.returncode, output
 
 
 @contextlib.contextmanager
@@ -115,5 +128,6 @@ def _key() -> str:
     """Changes with source, flags, torch and CPU: -march=native code runs only where it was made for."""
     parts = [SOURCE.read_bytes().decode(), *FLAGS, torch.__version__, platform.machine()]
     with contextlib.suppress(OSError):
-        parts += [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")][:1]
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        parts += [line for line in lines if line.startswith(("flags", "Features"))][:1]  # as x86 and Arm call them
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()

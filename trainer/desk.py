@@ -69,7 +69,8 @@ class Desk:
         self._transport = transport
         self._orchestrator_address = orchestrator_address
         self._intake: Intake | None = None
-        self._orders: queue.Queue[tuple[Order, bytes]] = queue.Queue(config.max_queued_batches + 2)
+        batches = max(config.max_queued_batches, run.max_staleness + 1)
+        self._orders: queue.Queue[tuple[Order, bytes]] = queue.Queue(batches + 2)
         self._stopping = threading.Event()
         self._state = "starting"
         self._version = Version(lineage.incarnation, lineage.branch_step)
@@ -195,6 +196,8 @@ class Desk:
         finally:
             if publishing:
                 await _cancelled(publishing, deadlines.request_s)
+            if self._state == "finished":
+                self._publisher.discard()
             if http:
                 await http.close()
             await server.close(CLOSE_DRAIN_S)

@@ -1,7 +1,8 @@
 """Decides which pushes are accepted: a pure state machine, without clock, socket or tensor.
 
-INVARIANTS: at most one batch per step, steps in order, at most `max_queued` accepted and not trained. A push that says
-the same as the one accepted for its step is the same push, however often it comes.
+INVARIANTS: at most one batch per step, steps in order, at most `max_queued` accepted and not trained; no prompt is
+accepted twice in an epoch. A push that says the same as the one accepted for its step is the same push, however often
+it comes.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Intake:
         self._bounds = bounds
         self._accepted: dict[int, Keys] = {}
         self._trained_groups: set[tuple[int, int]] = set()
+        self._accepted_prompts: set[tuple[int, int]] = set()  # trained or waiting
         self.next_step = lineage.branch_step  # whose batch is wanted next
         self.trained = lineage.branch_step  # steps below it are done
 
@@ -53,7 +55,7 @@ class Intake:
     def accept(self, push: PushRequest) -> bool:
         """True: a new batch, to be trained. False: one that was accepted before. Else raises a ProtocolError.
 
-        Refused: another incarnation or step, off the lineage, trained already. Stale: a group's lag. Invalid: content.
+        Refused: another incarnation or step, off the lineage, accepted already. Stale: a group's lag. Invalid: content.
         """
         if push.incarnation != self._lineage.incarnation:
             raise RefusedError(f"push is for incarnation {push.incarnation}, this is {self._lineage.incarnation}")
@@ -70,6 +72,7 @@ class Intake:
         if self.next_step - self.trained >= self._bounds.max_queued:
             raise OverloadedError(f"{self._bounds.max_queued} batches wait already", retry_after_ms=RETRY_AFTER_MS)
         self._accepted[push.step] = keys
+        self._accepted_prompts |= {(epoch, index) for epoch, index, _ in keys}
         self.next_step += 1
         return True
 
@@ -93,8 +96,9 @@ class Intake:
             lag = group_lag(group, push.step)
             if lag > self._bounds.max_staleness:
                 raise StaleError(f"{name}: lag {lag} exceeds max_staleness {self._bounds.max_staleness}")
-            if (group.epoch, group.index) in self._trained_groups:
-                raise RefusedError(f"{name} has been trained already")
+            if (group.epoch, group.index) in self._accepted_prompts:
+                trained = (group.epoch, group.index) in self._trained_groups
+                raise RefusedError(f"{name} {'has been trained' if trained else 'waits to be trained'} already")
 
     def _check_content(self, group: TrainGroup, name: str) -> None:
         if not 0.0 < group.temperature <= 100.0:

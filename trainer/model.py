@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import types
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from ops.linear_logprob import linear_logprob
 from protocol.config import ModelConfig
-from trainer.attention import attention_arguments, register_attention
+from trainer.attention import attention_arguments, check_attention, register_attention
 from trainer.config import LoraConfig
+from trainer.dropout import disable_dropout
 from trainer.model_path import ModelError, check_model_path, checkpoint_names
 from trainer.packing import Microbatch
+
+log = logging.getLogger("trainer")
 
 
 class Scorer(nn.Module):
     """Log-prob and entropy of refinement tokens under a causal language model, temperature-scaled per token.
 
-    lm: the model, or the model in its adapters; causal: the transformers model itself.
+    lm: the model, or the model in its adapters; causal: the transformers model itself. Dropout is off for good;
+    checkpoint_config: the configuration as it was before that, for the export.
     The head is called as a module, so that ZeRO-3's hooks gather its weight; only its forward is replaced.
     """
 
     causal: PreTrainedModel
+    checkpoint_config: PreTrainedConfig
     _head: nn.Module
     _backbone: nn.Module
 
     def __init__(self, lm: nn.Module, causal: PreTrainedModel) -> None:
         super().__init__()
         self.lm = lm
+        self.checkpoint_config = copy.deepcopy(causal.config)
+        disable_dropout(lm, causal.config)
         head = _head(causal)
         head.forward = types.MethodType(_head_logprob, head)
         self.__dict__.update(causal=causal, _head=head, _backbone=causal.get_decoder())  # registered below `lm` already
@@ -80,16 +91,19 @@ def load_model(model: ModelConfig, device: torch.device) -> PreTrainedModel:
     """AutoModelForCausalLM with packed attention. Raises ModelError, naming the place, if it is missing or unfit."""
     check_model_path(model.path)
     disable_progress_bar()
+    dtype = getattr(torch, model.dtype)
+    attention = register_attention(device, dtype)
     try:
         lm = AutoModelForCausalLM.from_pretrained(
             model.path,
-            dtype=getattr(torch, model.dtype),
-            attn_implementation=register_attention(device),
+            dtype=dtype,
+            attn_implementation=attention,
             trust_remote_code=model.trust_remote_code,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"model.path: {model.path} cannot be loaded: {str(error).splitlines()[0]}") from error
     _check_names(lm, model.path)
+    check_attention(lm, attention, model.path)
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(lm.config, name, None) not in (None, 1, 1.0):
             raise ModelError(f"model.path: {model.path} changes its logits by `{name}`, which the trainer does not do")
@@ -98,10 +112,21 @@ def load_model(model: ModelConfig, device: torch.device) -> PreTrainedModel:
 
 def _check_names(lm: PreTrainedModel, path: str) -> None:
     """Weights are published under their parameters' names, so these must be the checkpoint's too."""
-    names = checkpoint_names(path)
-    unknown = [name for name, _ in lm.named_parameters() if names and name not in names]
+    names = checkpoint_names(_folder(path))
+    if names:
+        unknown = [name for name, _ in lm.named_parameters() if name not in names]
+    else:
+        unknown = [str(used.source_patterns) for used in getattr(lm, "_weight_conversions", None) or ()]
+        if not unknown:
+            log.warning("model.path: %s has no safetensors: servers must call its weights as transformers does", path)
     if unknown:
         raise ModelError(f"model.path: {path} calls its weights otherwise than transformers does ({unknown[0]}, …)")
+
+
+def _folder(path: str) -> Path:
+    """Where the files lie of which the model was loaded: `path`, or the hub's cache."""
+    cached = None if Path(path).is_dir() else cached_file(path, "config.json", local_files_only=True)
+    return Path(cached).parent if cached else Path(path)
 
 
 def _with_adapters(lm: PreTrainedModel, config: LoraConfig) -> nn.Module:

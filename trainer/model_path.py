@@ -18,9 +18,8 @@ def check_model_path(path: str) -> None:
         raise ModelError(f"model.path: {local} is no model folder (it has no config.json)")
 
 
-def checkpoint_names(path: str) -> set[str]:
-    """Names of the tensors in a folder of safetensors; empty if it is no such folder (a hub name, other formats)."""
-    folder = Path(path)
+def checkpoint_names(folder: Path) -> set[str]:
+    """Names of the tensors in a folder of safetensors; empty if it has none (other formats)."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return set(json.loads(index.read_text())["weight_map"])

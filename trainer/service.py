@@ -8,7 +8,7 @@ import sys
 import warnings
 
 from protocol.config import ModelConfig, RunConfig
-from protocol.errors import ProtocolError
+from protocol.errors import AddressError, ProtocolError
 from protocol.messages import Version
 from protocol.process import announce, die_with_parent
 from trainer.config import TrainerConfig
@@ -29,7 +29,7 @@ def main(config: TrainerConfig, model: ModelConfig, run: RunConfig, orchestrator
     try:
         check_model_path(model.path)
         _run(config, model, run, orchestrator_address)
-    except (ModelError, ProtocolError, OSError, TimeoutError) as error:
+    except (ModelError, AddressError, ProtocolError, OSError, TimeoutError) as error:
         print(f"trainer: {error}", file=sys.stderr, flush=True)
         log.debug("trainer ended", exc_info=True)
         return 1
@@ -65,7 +65,7 @@ def _run(config: TrainerConfig, model: ModelConfig, run: RunConfig, orchestrator
             desk.open(
                 Bounds(
                     max_staleness=run.max_staleness,
-                    max_queued=config.max_queued_batches,
+                    max_queued=max(config.max_queued_batches, run.max_staleness + 1),
                     total_steps=run.steps,
                     vocab=policy.causal.config.get_text_config().vocab_size,
                     context_tokens=policy.causal.config.get_text_config().max_position_embeddings,

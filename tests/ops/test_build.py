@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
+import select
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,21 @@ def test_a_lock_left_by_a_dead_process_is_none(tmp_path: Path, monkeypatch: pyte
     library.with_suffix(".lock").write_text("left behind")
     monkeypatch.setattr(build, "_compile", lambda compiler, library, deadline: library.write_bytes(b"made"))
     assert build.build(5.0, tmp_path, "c++").read_bytes() == b"made"
+
+
+def test_what_the_compiler_started_ends_with_it(tmp_path: Path) -> None:
+    """The child inherits the fifo: it reads as ended only when nobody holds it any more."""
+    driver, fifo = tmp_path / "driver", tmp_path / "fifo"
+    os.mkfifo(fifo)
+    driver.write_text(f"#!/bin/sh\nexec 3>{fifo}\nsleep 30 &\nwait\n")
+    driver.chmod(0o755)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with pytest.raises(build.BuildError, match="longer than the deadline"):
+            build.build(1.0, tmp_path / "cache", str(driver))
+        assert select.select([reader], [], [], 5.0)[0] and os.read(reader, 1) == b""
+    finally:
+        os.close(reader)
 
 
 def test_a_build_that_hangs_or_fails_leaves_nothing(tmp_path: Path) -> None:

@@ -40,6 +40,14 @@ def test_steps_are_taken_in_order_and_once() -> None:
         desk.accept(recorded_push(step=1, groups=2, samples=2, first=0))
 
 
+def test_a_prompt_that_waits_in_another_batch_is_refused() -> None:
+    desk = intake()
+    desk.accept(push(0))
+    with pytest.raises(RefusedError, match="index 0\\) waits to be trained already"):
+        desk.accept(recorded_push(step=1, groups=2, samples=2, first=0))
+    assert desk.accept(push(1)), "what was refused leaves no trace"
+
+
 def test_the_queue_is_bounded() -> None:
     desk = intake()
     desk.accept(push(0))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from protocol.clients import OrchestratorClient
-from protocol.messages import UpdatePolicy, Version
+from protocol.clients import OrchestratorClient, RolloutClient
+from protocol.messages import UpdatePolicy, Version, WeightsDone
 from tests.trainer.servers import CheckingReplica, Membership
+from trainer.gather import Bucket
 from trainer.publisher import Publisher
-from trainer.transports.base import Transport
+from trainer.transports.base import Snapshot, Transport
 from trainer.transports.disk import DiskTransport
 from trainer.transports.stream import StreamTransport
 
@@ -102,6 +104,62 @@ async def test_a_failing_server_is_tried_again(stage: Stage) -> None:
     assert stage.slow.history == []
     stage.slow.broken = False
     await stage.slow.serves(Version(1, 1))
+
+
+async def test_snapshots_held_for_slow_servers_are_bounded() -> None:
+    """Each of three servers hangs with another version; the fourth version ends the first one's delivery."""
+    transport = HangingTransport()
+    stage = Stage(transport)
+    third = CheckingReplica("third")
+    await stage.open()
+    try:
+        entries = [*stage.entries, await third.start()]
+        for step in range(3):
+            stage.offer(step)
+            stage.membership.set(*entries[: step + 1])
+            await transport.begins(step)
+        assert not any(snapshot.discarded for snapshot in transport.taken)
+        stage.offer(3)
+        await transport.begins(3)
+        assert [snapshot.discarded for snapshot in transport.taken] == [True, False, False, False]
+        stage.publisher.discard()
+        stage.task.cancel()
+        await asyncio.wait((stage.task,), timeout=5.0)
+        assert all(snapshot.discarded for snapshot in transport.taken)
+    finally:
+        await stage.close()
+        await third.server.close()
+
+
+@dataclass(eq=False)
+class PlainSnapshot:
+    version: Version
+    discarded: bool = False
+
+    def discard(self) -> None:
+        self.discarded = True
+
+
+class HangingTransport:
+    """Begins deliveries and ends none."""
+
+    def __init__(self) -> None:
+        self.taken: list[PlainSnapshot] = []
+        self._begun: asyncio.Queue[int] = asyncio.Queue()
+
+    async def begins(self, step: int) -> None:
+        async with asyncio.timeout(10.0):
+            assert await self._begun.get() == step
+
+    def take(self, version: Version, buckets: Iterable[Bucket]) -> Snapshot:
+        self.taken.append(PlainSnapshot(version))
+        return self.taken[-1]
+
+    async def deliver(self, client: RolloutClient, snapshot: Snapshot, *, timeout_s: float) -> WeightsDone:
+        self._begun.put_nowait(snapshot.version.step)
+        async with asyncio.timeout(timeout_s):
+            await asyncio.Event().wait()
+        raise AssertionError
 
 
 async def test_old_snapshots_are_discarded(stage: Stage, tmp_path: Path) -> None:

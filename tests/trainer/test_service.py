@@ -184,6 +184,7 @@ async def test_two_ranks_zero3_adapters_over_disk(tmp_path: Path) -> None:
         finished = await running.client.finish(timeout_s=60.0)
         assert await running.ends() == 0
         _check_export(Path(finished.path), running.replica, running.model)
+        assert not list((tmp_path / "run/weights").iterdir()), "the export is the one copy that stays"
 
 
 def _as_served(running: Trainer, push: PushRequest) -> PushRequest:
@@ -230,10 +231,19 @@ def _alive(pid: int) -> bool:
         return False
 
 
-async def test_errors_name_the_place(tmp_path: Path) -> None:
-    running = Trainer(tmp_path, tmp_path / "missing", {})
-    with pytest.raises(AssertionError, match=f"trainer: model.path: {tmp_path}/missing is no model folder"):
+@pytest.mark.parametrize(
+    ("model", "settings", "message"),
+    [
+        ("missing", {}, "trainer: model.path: {folder}/missing is no model folder"),
+        ("model", {"address": "tcp://192.0.2.1:0", "insecure": True}, "trainer: cannot listen: tcp://192.0.2.1:0"),
+    ],
+)
+async def test_errors_name_the_place(tmp_path: Path, model: str, settings: dict[str, Any], message: str) -> None:
+    make_tiny_model(tmp_path / "model")
+    running = Trainer(tmp_path, tmp_path / model, settings)
+    with pytest.raises(AssertionError) as error:
         await running.open()
+    assert str(error.value).splitlines()[-1].startswith(message.format(folder=tmp_path))
     assert await running.process.wait() == 1
     await running.membership.server.close()
     await running.replica.server.close()

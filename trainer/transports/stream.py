@@ -58,7 +58,7 @@ class StreamSnapshot:
 
 
 class StreamTransport:
-    """Snapshots lie in rank 0's memory: the newest, and one that is still being sent."""
+    """Snapshots lie in rank 0's memory: the newest, and the few that are still being sent."""
 
     def __init__(self, policy: UpdatePolicy, *, chunk_bytes: int) -> None:
         self._policy = policy
