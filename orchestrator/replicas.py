@@ -27,7 +27,10 @@ class ReplicaWatch:
     """
 
     def __init__(
-        self, dispatcher: Dispatcher, changed: Callable[[], None], members_changed: Callable[[], None]
+        self,
+        dispatcher: Dispatcher,
+        changed: Callable[[], None],
+        members_changed: Callable[[], None] = lambda: None,
     ) -> None:
         self._dispatcher, self._changed, self._members_changed = dispatcher, changed, members_changed
         self._tasks: dict[str, asyncio.Task[None]] = {}

@@ -83,7 +83,6 @@ def test_streaming_with_bounded_staleness(tmp_path: Path, data: Path) -> None:
             "trainer.objective.kl.kind=k3",
             "trainer.objective.kl.beta=0.01",
             "trainer.publish.transport=disk",
-            "rollout_server.template=multi_turn",
         ],
     )
     assert summary["steps"] == 4 and summary["max_lag"] <= 1
@@ -99,4 +98,22 @@ def test_streaming_with_bounded_staleness(tmp_path: Path, data: Path) -> None:
         assert re.sub("_(lag0|stale)$", "", name) in documented, f"docs/metrics.md does not explain {name}"
     names = {"summary.json", "metrics.jsonl", "accuracy.png", "tensorboard", "logs", "export"}
     assert names <= {path.name for path in (tmp_path / "r").iterdir()}
-    assert left_over(tmp_path) == []
+    assert_evaluates(tmp_path, data, summary["export"])
+
+
+def assert_evaluates(folder: Path, data: Path, model: str) -> None:
+    """`igrpo eval` of the exported model: pass@1, avg@k and pass@k over a rollout server of its own."""
+    overrides = [
+        f"orchestrator.data.train={data / 'train.jsonl'}",
+        f"orchestrator.data.heldout={data / 'heldout.jsonl'}",
+        f"run.dir={folder}",
+        "run.name=r",
+        "orchestrator.evaluation.prompts=12",
+        "orchestrator.evaluation.samples=4",
+    ]
+    command = [sys.executable, "-m", "launch.cli", "eval", str(EXAMPLE / "config.yaml"), model, *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("pass@1", "avg@4", "pass@4"):
+        assert name in done.stdout
+    assert left_over(folder) == []
