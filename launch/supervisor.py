@@ -87,6 +87,8 @@ class Supervisor:
             del os.environ[SUPERVISOR_VARIABLE]
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 loop.remove_signal_handler(number)
+                if self._signal is not None:  # all is stopped; one more Ctrl-C must not spoil the exit code
+                    signal.signal(number, signal.SIG_IGN)
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self._signal is not None:
