@@ -60,7 +60,6 @@ class Record:
     prompt_ids: np.ndarray | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     wasted_tokens: int = 0
-    ready_at: float = 0.0
 
     def rewarded(self) -> dict[int, Graded]:
         """The refinements that take part in the group, by sample index."""
@@ -257,7 +256,6 @@ class PromptRunner:
             rewards = shuffled([graded.reward or 0.0 for graded in group], self._rng(key, "shuffle"))
             for graded, reward in zip(group, rewards, strict=True):
                 graded.reward = reward
-        record.ready_at = time.monotonic()
         self._pipeline.ready(key, min(oldest_step(graded.sample) for graded in record.rewarded().values()))
 
     async def _sample_and_grade(
